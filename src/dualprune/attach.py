@@ -1,0 +1,454 @@
+"""Attach a pruning method to a training loop through the optimizer's step hooks, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dualprune.budget import compression_rate
+from dualprune.errors import DualpruneError, NonFiniteError
+from dualprune.finish import batch_norm_restored, cut_, recalibrate_batch_norm
+from dualprune.problem import Problem, Rule, build_problem
+from dualprune.solvers import ADMM, SLR, GradualMagnitude, Magnitude
+from dualprune.solvers.base import Clock, Method, Row, Store
+from dualprune.solvers.vector import all_finite, chunks
+
+logger = logging.getLogger("dualprune")
+
+FORMAT = "dualprune-pruner"
+VERSION = 1
+_METHODS = {m.__name__: m for m in (SLR, ADMM, GradualMagnitude, Magnitude)}
+_attached: WeakKeyDictionary[Optimizer, Pruner] = WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    method: Method,
+    *,
+    rate: float | None = None,
+    sparsity: float | None = None,
+    patterns: Mapping[str, Rule] | None = None,
+    ignore: Iterable[str] | None = None,
+    budget: str = "uniform",
+    every: int | None = None,
+    total_steps: int | None = None,
+    state_dtype: torch.dtype | None = None,
+    state_device: str | torch.device | None = None,
+) -> Pruner:
+    """Start pruning `model` inside the loop that `optimizer` steps in.
+
+    Args:
+        model: any module, wrapped or compiled or neither; its state_dict keys and forward are never touched.
+        optimizer: the optimizer of the loop; None only for `Magnitude()`, which needs no loop.
+        method: `SLR()`, `ADMM()`, `GradualMagnitude()` or `Magnitude()`.
+        rate: how many times fewer weights in the pruned layers (10 keeps a tenth); or
+        sparsity: the fraction removed (0.9). Without either, only what `patterns` names is pruned.
+        patterns: globs over parameter names → "2:4", Filter(), 0.9 or (pattern, sparsity); the first match decides.
+        ignore: globs left alone; None leaves the first and last layer (and says so), () none.
+        budget: how `rate` spreads over layers: "uniform", "erk" or "global" (one threshold for all).
+        every: optimizer steps between updates of multipliers or masks; None takes the method's own.
+        total_steps: optimizer steps of the whole run; needed by methods with schedules (the defaults have them).
+        state_dtype: dtype of Z and Λ, such as torch.bfloat16 to halve them; None: that of the weights.
+        state_device: where Z and Λ live, such as "cpu"; None: beside the weights. They are fetched at each step.
+
+    Raises:
+        DualpruneError: anything above is out of range, or a pruner is attached to this optimizer already.
+    """
+    if not isinstance(method, Method):
+        hint = f"; did you mean {method.__name__}()?" if isinstance(method, type) and issubclass(method, Method) else ""
+        raise DualpruneError(f"expected a method such as SLR(), got {method!r}{hint}")
+    if optimizer is None and not isinstance(method, Magnitude):
+        raise DualpruneError(f"{type(method).__name__} works through an optimizer's steps: pass the one of your loop")
+    if optimizer is not None and optimizer in _attached:
+        raise DualpruneError("this optimizer has a pruner already: call its detach() before attaching another")
+    total_steps = _check_steps("total_steps", total_steps)
+    if method.needs_total_steps and total_steps is None:
+        raise DualpruneError(f"{type(method).__name__} moves with the run: pass total_steps=epochs * len(loader)")
+    every = _check_steps("every", every) or _default_every(method, total_steps)
+    trainable = None if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+    problem = build_problem(
+        model, rate=rate, sparsity=sparsity, patterns=patterns, ignore=ignore, budget=budget, trainable=trainable
+    )
+    _say(problem.describe())
+    return Pruner(model, optimizer, method, problem, every, total_steps, Store(state_dtype, state_device))
+
+
+class Pruner:
+    """One pruning run on one model; made by `attach`.
+
+    Attributes:
+        history: one dict per update (JSON-able): step, update, rho, s, violation ‖W − Z‖, conditions, loss, sparsity, …
+        step_count: optimizer steps seen.
+        finished: whether the weights are cut for good and the masks held.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | None, method: Method, problem: Problem,
+        every: int, total_steps: int | None, store: Store,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.method, self.problem = model, optimizer, method, problem
+        self.every, self.total_steps = every, total_steps
+        self.history: list[Row] = []
+        self.step_count = 0
+        self.finished = False
+        self._evaluating = False
+        self._drops: list[Tensor] | None = None  # True = dropped; set while masks are on
+        self._loss_sum: Tensor | float = 0.0
+        self._loss_count = 0
+        with torch.no_grad():
+            self._require_finite_weights()
+            self.solver = method.start(problem, store)
+            if self.solver.masks_weights:
+                self._drops = self.solver.tensors["drop"]
+        self._hooks: list[Any] = []
+        if optimizer is not None:
+            self._hooks = [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+            _attached[optimizer] = self
+
+    # ------------------------------------------------------------------ during training
+
+    @property
+    def progress(self) -> float:
+        """How far the run is, in [0, 1]; 0 throughout without total_steps."""
+        return min(1.0, self.step_count / self.total_steps) if self.total_steps else 0.0
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Hand in the training loss of this step, so that the surrogate test (eq. 6) sees it; never waits for the device."""
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise DualpruneError(f"observe expects one loss a step, got a tensor of shape {tuple(loss.shape)}")
+            loss = loss.detach().reshape(()).float()
+        self._loss_sum = self._loss_sum + loss
+        self._loss_count += 1
+
+    @torch.no_grad()
+    def update(self) -> Row:
+        """Move Z, Λ, s and ρ (or the masks) once, now, and record a row of history.
+
+        Raises:
+            NonFiniteError: the loss or a weight is NaN or infinite; nothing was changed.
+        """
+        if self.finished or self._holding:
+            raise DualpruneError("the masks are fixed: there is nothing to update after finish() or during the hold")
+        loss = self._mean_loss()
+        self._require_finite_weights()
+        row = self.solver.update(Clock(loss, self.progress))
+        if self._drops is not None:
+            cut_(self.problem.weights, self._drops)
+        return self._record(row, loss)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("closure") is not None or any(a is not None and a is not optimizer for a in args):
+            raise DualpruneError(
+                f"{type(optimizer).__name__}.step was called with a closure: its gradients are computed after the penalty "
+                "must be added. Call loss.backward() and then step() without a closure (LBFGS cannot be used)"
+            )
+        if self._evaluating:
+            raise DualpruneError(
+                "optimizer.step() inside pruner.evaluate(): the weights there are cut copies, step outside"
+            )
+        if self.solver.penalises and not self.finished and not self._holding:
+            self._add_penalty(getattr(optimizer, "grad_scale", None))
+
+    @torch.no_grad()
+    def _add_penalty(self, grad_scale: Tensor | None) -> None:
+        """W.grad += Λ + ρ(W − Z), the penalty's gradient (eq. 5); scaled where a fused optimizer unscales by itself."""
+        rho = self.solver.scalars["rho"]
+        rows = [
+            (t.weight.grad, t.weight.detach(), z, lam)
+            for t, z, lam in zip(
+                self.problem.targets, self.solver.tensors["Z"], self.solver.tensors["lam"], strict=True
+            )
+            if t.weight.grad is not None
+        ]
+        for grad, w, z, lam in chunks(*zip(*rows, strict=True)) if rows else ():
+            if grad.is_sparse:
+                raise DualpruneError(
+                    "a pruned parameter has sparse gradients: use sparse=False, or ignore this parameter"
+                )
+            if grad_scale is not None:
+                grad.add_((lam.to(w.device) + rho * (w - z.to(w.device))) * grad_scale.to(w.device))
+            else:
+                grad.add_(lam.to(w.device)).add_(w, alpha=rho).sub_(z.to(w.device), alpha=rho)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.step_count += 1
+        if self._drops is not None:
+            cut_(self.problem.weights, self._drops)
+        if self.finished or self._holding:
+            return
+        if self.progress >= self.method.hold_from:
+            self._hold()
+        elif self.step_count % self.every == 0 and not _overflowed(optimizer):
+            self.update()
+
+    @property
+    def _holding(self) -> bool:
+        return self._drops is not None and not self.solver.masks_weights
+
+    def _hold(self) -> None:
+        self._require_finite_weights()
+        masks = self.problem.masks(self.problem.weights)
+        self._drops = [~m for m in masks]
+        cut_(self.problem.weights, self._drops)
+        for tensors in self.solver.tensors.values():
+            tensors.clear()  # Z and Λ have done their work
+
+    # ------------------------------------------------------------------ looking and ending
+
+    @contextmanager
+    def evaluate(self, calibrate: Iterable[Any] | None = None) -> Iterator[nn.Module]:
+        """Give a context in which the model's weights are the cut ones; afterwards all are bit-identical to before.
+
+        Args:
+            calibrate: batches to re-estimate batch norm with inside the context, as `finish` will.
+        """
+        if self._evaluating:
+            raise DualpruneError("evaluate() is entered already")
+        weights = self.problem.weights
+        with torch.no_grad():
+            saved = [w.clone() for w in weights]
+        self._evaluating = True
+        try:
+            with batch_norm_restored(self.model):
+                with torch.no_grad():
+                    cut_(weights, self._final_drops())
+                    if calibrate is not None:
+                        recalibrate_batch_norm(self.model, calibrate)
+                yield self.model
+        finally:
+            with torch.no_grad():
+                for w, old in zip(weights, saved, strict=True):
+                    w.copy_(old)
+            self._evaluating = False
+
+    @torch.no_grad()
+    def finish(self, calibrate: Iterable[Any] | None = None) -> None:
+        """Cut: W ← Π(W). The masks are held through every later optimizer step, so masked retraining just goes on.
+
+        Args:
+            calibrate: batches (tensors, (x, …) tuples or mappings) to re-estimate batch norm with; forward passes only.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite. DualpruneError: the asked sparsity was not reached.
+        """
+        if self._evaluating:
+            raise DualpruneError("finish() inside evaluate(): leave the context first")
+        if not self.finished:
+            self._require_finite_weights()
+            self._drops = [d.clone() for d in self._final_drops()]
+            cut_(self.problem.weights, self._drops)
+            for tensors in self.solver.tensors.values():
+                tensors.clear()
+            self.finished = True
+            self._check_reached()
+        if calibrate is not None:
+            recalibrate_batch_norm(self.model, calibrate)
+
+    def detach(self) -> None:
+        """Remove the hooks; weights, and zeros in them, stay as they are, and nothing holds them any more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self.optimizer is not None:
+            _attached.pop(self.optimizer, None)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Boolean masks by parameter name, True = keep: those in force, or those a cut now would give."""
+        with torch.no_grad():
+            return {t.name: ~d for t, d in zip(self.problem.targets, self._final_drops(), strict=True)}
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """One dict per pruned parameter: name, shape, pattern, kept and total weights."""
+        return [
+            {"name": t.name, "shape": list(t.weight.shape), "pattern": str(t.pattern),
+             "kept": int(mask.sum()), "total": t.weight.numel()}
+            for t, mask in zip(self.problem.targets, self.masks.values(), strict=True)
+        ]  # fmt: skip
+
+    def summary(self) -> str:
+        """Return a table of what each pruned layer keeps, and what is left alone."""
+        rows = self.layers
+        kept, total = (sum(r[k] for r in rows) for k in ("kept", "total"))
+        wide = max(len("parameter"), *(len(r["name"]) for r in rows))
+        lines = [f"{'parameter':<{wide}}  {'pattern':<14}{'kept':>12}{'of':>13}{'sparsity':>10}{'rate':>9}"]
+        for r in [*rows, {"name": "all pruned", "pattern": "", "kept": kept, "total": total}]:
+            sparsity = 1 - r["kept"] / max(r["total"], 1)
+            lines.append(
+                f"{r['name']:<{wide}}  {r['pattern']:<14}{r['kept']:>12,}{r['total']:>13,}"
+                f"{sparsity:>10.4f}{compression_rate(sparsity):>8.2f}x"
+            )
+        return "\n".join([*lines, *self.problem.describe().splitlines()[1:]])
+
+    # ------------------------------------------------------------------ saving and resuming
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything a resumed run needs beside the model and the optimizer, as one flat dict of plain tensors.
+
+        Bookkeeping rides in "meta", a JSON text as bytes, so torch.load(weights_only=True) and safetensors both take it.
+        """
+        state = {
+            f"{kind}.{t.name}": tensor.detach().clone(memory_format=torch.contiguous_format)
+            for kind, tensors in self.solver.tensors.items()
+            for t, tensor in zip(self.problem.targets, tensors, strict=len(tensors) > 0)
+        }
+        if self._drops is not None and not (self.solver.tensors.get("drop")):
+            state |= {
+                f"held.{t.name}": d.clone().contiguous() for t, d in zip(self.problem.targets, self._drops, strict=True)
+            }
+        meta = {
+            "format": FORMAT, "version": VERSION, "method": repr(self.method), "every": self.every,
+            "total_steps": self.total_steps, "step_count": self.step_count, "finished": self.finished,
+            "scalars": self.solver.scalars, "loss_count": self._loss_count, "history": self.history,
+            "targets": {t.name: [list(t.weight.shape), str(t.pattern), t.sparsity] for t in self.problem.targets},
+        }  # fmt: skip
+        state["loss_sum"] = torch.as_tensor(self._loss_sum, dtype=torch.float32).detach().cpu().clone()
+        state["meta"] = torch.frombuffer(bytearray(json.dumps(meta).encode()), dtype=torch.uint8)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` returned, onto a pruner attached with the same method, layers and counts.
+
+        Raises:
+            DualpruneError: the state is of another model, method, format or version; nothing was changed.
+        """
+        meta = _read_meta(state)
+        self._check_same_run(meta)
+        kinds = {key.split(".", 1)[0] for key in state} - {"meta", "loss_sum"}
+        loaded = {kind: [self._fitting(state, kind, i) for i in range(len(self.problem.targets))] for kind in kinds}
+        held = loaded.pop("held", None)
+        for kind, tensors in self.solver.tensors.items():
+            if kind not in loaded:
+                tensors.clear()
+            elif not tensors:
+                raise DualpruneError("this pruner is finished or holding; attach anew to go back to an earlier state")
+            else:
+                for mine, saved in zip(tensors, loaded[kind], strict=True):
+                    mine.copy_(saved)
+        self.solver.scalars = dict(meta["scalars"])
+        self.step_count, self.finished, self.history = meta["step_count"], meta["finished"], list(meta["history"])
+        self._loss_sum, self._loss_count = state["loss_sum"].clone(), meta["loss_count"]
+        if held is not None:
+            devices = [w.device for w in self.problem.weights]
+            self._drops = [d.to(device) for d, device in zip(held, devices, strict=True)]
+
+    # ------------------------------------------------------------------ private
+
+    def _final_drops(self) -> list[Tensor]:
+        if self._drops is not None and (self.finished or self._holding):
+            return self._drops
+        return [~m for m in self.problem.masks(self.problem.weights)]
+
+    def _mean_loss(self) -> float | None:
+        if not self._loss_count:
+            return None
+        mean = float(self._loss_sum) / self._loss_count
+        if not math.isfinite(mean):
+            raise NonFiniteError(f"the observed loss is {mean} at optimizer step {self.step_count}: stop and go back")
+        return mean
+
+    def _require_finite_weights(self) -> None:
+        weights = self.problem.weights
+        if not all_finite(weights):
+            bad = next(t.name for t, w in zip(self.problem.targets, weights, strict=True) if not all_finite([w]))
+            raise NonFiniteError(
+                f"{bad} has NaN or infinite weights at optimizer step {self.step_count}: stop and go back"
+            )
+
+    def _record(self, row: Row, loss: float | None) -> Row:
+        self._loss_sum, self._loss_count = 0.0, 0
+        scale = self.method.sparsity_scale(self.progress)
+        row = {"step": self.step_count, "update": len(self.history) + 1, "loss": loss, "sparsity_scale": scale, **row}
+        self.history.append(row)
+        return row
+
+    def _check_reached(self) -> None:
+        for target, weight in zip(self.problem.targets, self.problem.weights, strict=True):
+            if not target.pooled and not target.pattern.contains(weight, target.sparsity):
+                raise DualpruneError(f"{target.name} did not reach {target.pattern} at sparsity {target.sparsity}")
+
+    def _check_same_run(self, meta: Mapping[str, Any]) -> None:
+        mine = {t.name: [list(t.weight.shape), str(t.pattern), t.sparsity] for t in self.problem.targets}
+        theirs = meta["targets"]
+        if mine != theirs:
+            odd = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))[0]
+            raise DualpruneError(
+                f"this state is of another pruning problem: {odd} is {theirs.get(odd, 'absent')} in the state "
+                f"and {mine.get(odd, 'absent')} here. Attach with the same model, patterns, rate and ignore"
+            )
+        for what, here in (("method", repr(self.method)), ("every", self.every), ("total_steps", self.total_steps)):
+            if meta[what] != here:
+                raise DualpruneError(
+                    f"this state was made with {what} {meta[what]}, this pruner has {here}: attach with the same"
+                )
+
+    def _fitting(self, state: Mapping[str, Tensor], kind: str, index: int) -> Tensor:
+        target = self.problem.targets[index]
+        tensor = state.get(f"{kind}.{target.name}")
+        if tensor is None or tensor.shape != target.weight.shape:
+            came = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
+            raise DualpruneError(f"state {kind}.{target.name}: expected shape {tuple(target.weight.shape)}, got {came}")
+        return tensor
+
+
+def _default_every(method: Method, total_steps: int | None) -> int:
+    """Return the method's own period, shortened so that even a short run sees some 40 updates."""
+    if total_steps is None:
+        return method.default_every
+    return max(1, min(method.default_every, total_steps // 40))
+
+
+def _check_steps(what: str, value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise DualpruneError(f"{what} is a number of optimizer steps, a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Tell whether a fused optimizer skipped this step because scaled gradients overflowed (waits for the device)."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _read_meta(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    try:
+        meta = json.loads(bytes(state["meta"].cpu().numpy()).decode())
+        known = meta["format"], meta["version"]
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
+        raise DualpruneError(
+            "expected the dict that Pruner.state_dict() returned; its 'meta' is missing or damaged"
+        ) from None
+    if known != (FORMAT, VERSION):
+        raise DualpruneError(
+            f"expected a state of format {FORMAT} version {VERSION}, got {known[0]} version {known[1]}"
+        )
+    return meta
+
+
+def _say(text: str) -> None:
+    """Log at INFO; where nobody has set logging up, to stderr, because defaults are never silent."""
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("dualprune: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    logger.info(text)

@@ -1,0 +1,95 @@
+"""The end of a run: cut the weights, hold the masks, re-estimate batch norm by forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dualprune.errors import DualpruneError
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Re-estimate the running statistics of every batch norm as the plain average over `batches`; no gradient step.
+
+    Only batch-norm layers are put into training mode: dropout stays off, and every layer's mode and momentum return.
+
+    Args:
+        model: the module; called as model(x), model(*…) is never used, and model(**batch) for a mapping.
+        batches: tensors, (x, …) tuples or mappings; moved to the model's device.
+
+    Returns:
+        The number of batches seen; 0 without touching anything if the model has no batch norm.
+
+    Raises:
+        DualpruneError: there are no batches, or a batch is of another kind.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        return 0
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    modes = {m: m.training for m in model.modules()}
+    momenta = [layer.momentum for layer in layers]
+    saved = [{k: getattr(layer, k).clone() for k in _BUFFERS} for layer in layers]
+    seen = 0
+    try:
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative average
+            layer.train()
+        for batch in batches:
+            _forward(model, batch, device)
+            seen += 1
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for layer, momentum, buffers in zip(layers, momenta, saved, strict=True):
+            layer.momentum = momentum
+            if not seen:
+                for k, value in buffers.items():
+                    getattr(layer, k).copy_(value)
+    if not seen:
+        raise DualpruneError(
+            "batch-norm re-estimation got no batches: is the loader empty, or an iterator already used up?"
+        )
+    return seen
+
+
+@contextmanager
+def batch_norm_restored(model: nn.Module) -> Iterator[None]:
+    """Put every batch-norm statistic back as it was on leaving."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    saved = [{k: getattr(layer, k).clone() for k in _BUFFERS} for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, buffers in zip(layers, saved, strict=True):
+            for k, value in buffers.items():
+                getattr(layer, k).copy_(value)
+
+
+def cut_(weights: Iterable[Tensor], drops: Iterable[Tensor]) -> None:
+    """Zero what is dropped, in place; a positive zero whatever the sign was."""
+    for w, drop in zip(weights, drops, strict=True):
+        w.masked_fill_(drop, 0)
+
+
+def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
+    if isinstance(batch, Mapping):
+        model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        return
+    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(x, Tensor):
+        raise DualpruneError(
+            f"batch-norm re-estimation expects batches that are a tensor, a tuple that begins with one, or a mapping; "
+            f"got {type(batch).__name__} beginning with {type(x).__name__}"
+        )
+    model(x.to(device))

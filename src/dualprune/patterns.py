@@ -1,0 +1,323 @@
+"""Sparsity sets as frozen values, and the Euclidean projection onto each.
+
+The words for axes are defined here, once, for a weight of shape (F, C, h, w) or (F, C):
+
+| pattern        | one unit, kept or dropped as a whole      | units           |
+|----------------|-------------------------------------------|-----------------|
+| `Unstructured` | one weight                                | F·C·h·w         |
+| `NM(n, m)`     | one weight, n kept of every m along axis  | F·C·h·w         |
+| `Filter`       | an output slice W[f]        (dim 0)       | F               |
+| `Channel`      | an input slice W[:, c]      (dim 1)       | C               |
+| `Column`       | one position (c, h, w) over all filters   | C·h·w           |
+| `Kernel`       | one slice W[f, c]                         | F·C             |
+| `Block(a, b)`  | an a×b tile of W as a matrix (F, C·h·w)   | F/a · C·h·w/b   |
+
+Projecting onto "at most k units nonzero" keeps the k units of largest ℓ2 norm: dropping a set D of units costs
+Σ_{u∈D} ‖W_u‖², which is least for the smallest norms. Ties are kept by row-major index of the unit.
+Axes are those of the stored parameter: a transposed convolution stores (in, out, h, w), so its output slices are `Channel`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualprune.errors import DualpruneError, suggest
+from dualprune.selection import keep_largest
+
+Shape = tuple[int, ...]
+
+
+class Pattern(ABC):
+    """A family of sparsity sets: which weights stand and fall together, and how many may stand."""
+
+    @abstractmethod
+    def units(self, shape: Shape) -> int:
+        """Return how many units a weight of `shape` has."""
+
+    @abstractmethod
+    def check(self, shape: Shape) -> None:
+        """Raise DualpruneError if a weight of `shape` cannot carry this pattern."""
+
+    @abstractmethod
+    def scores(self, w: Tensor) -> Tensor:
+        """Return a tensor whose magnitudes rank the units: one element a unit, row-major."""
+
+    @abstractmethod
+    def expand(self, keep: Tensor, shape: Shape) -> Tensor:
+        """Turn a mask over units into a mask broadcastable to `shape`."""
+
+    def kept(self, shape: Shape, sparsity: float) -> int:
+        """Return the number of units kept: units − round(sparsity · units)."""
+        units = self.units(shape)
+        return units - round(sparsity * units)
+
+    def mask(self, w: Tensor, sparsity: float) -> Tensor:
+        """Return the boolean mask (True = keep, shaped like `w`) of the projection of `w` onto the set."""
+        self.check(tuple(w.shape))
+        keep = keep_largest([self.scores(w)], self.kept(tuple(w.shape), sparsity))[0]
+        return self.expand(keep, tuple(w.shape)).expand(w.shape)
+
+    def project(self, w: Tensor, sparsity: float) -> Tensor:
+        """Return argmin_Z ‖W − Z‖ over Z in the set: `w` with the dropped units zeroed."""
+        return torch.where(self.mask(w, sparsity), w, 0)
+
+    def contains(self, w: Tensor, sparsity: float) -> bool:
+        """Tell whether `w` is in the set: no more nonzero units than are kept at `sparsity`."""
+        self.check(tuple(w.shape))
+        return int(torch.count_nonzero(self.scores((w != 0).float()))) <= self.kept(tuple(w.shape), sparsity)
+
+    def snap(self, sparsity: float) -> float:
+        """Return the sparsity this pattern can have nearest to the asked one (itself, for most)."""
+        return sparsity
+
+    def weights_per_unit(self, shape: Shape) -> float:
+        """Return how many weights one unit holds."""
+        return math.prod(shape) / max(self.units(shape), 1)
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Every weight on its own."""
+
+    def units(self, shape: Shape) -> int:  # noqa: D102
+        return math.prod(shape)
+
+    def check(self, shape: Shape) -> None:  # noqa: D102
+        pass
+
+    def scores(self, w: Tensor) -> Tensor:  # noqa: D102
+        return w
+
+    def expand(self, keep: Tensor, shape: Shape) -> Tensor:  # noqa: D102
+        return keep
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """At most n of every m consecutive weights along `axis` (1: input features or channels, as sparse tensor cores want).
+
+    Its sparsity is 1 − n/m whatever is asked; while a schedule passes through lower ones, more than n of m are kept.
+    """
+
+    n: int
+    m: int
+    axis: int = 1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.n, int) and isinstance(self.m, int) and 0 <= self.n <= self.m and self.m > 0):
+            raise DualpruneError(
+                f"NM(n, m) keeps n of every m weights: expected 0 <= n <= m, got n={self.n}, m={self.m}"
+            )
+
+    def units(self, shape: Shape) -> int:  # noqa: D102
+        return math.prod(shape)
+
+    def check(self, shape: Shape) -> None:  # noqa: D102
+        if not -len(shape) <= self.axis < len(shape):
+            raise DualpruneError(f"{self} needs a weight with axis {self.axis}, got shape {shape}")
+        if shape[self.axis] % self.m:
+            raise DualpruneError(
+                f"{self} needs axis {self.axis} to be a multiple of {self.m}, got shape {shape}: "
+                "ignore this parameter, or give another pattern or axis"
+            )
+
+    def kept(self, shape: Shape, sparsity: float) -> int:  # noqa: D102
+        return math.prod(shape) // self.m * self._of_m(sparsity)
+
+    def _of_m(self, sparsity: float) -> int:
+        return max(self.n, self.m - math.floor(sparsity * self.m + 1e-9))
+
+    def snap(self, sparsity: float) -> float:  # noqa: D102
+        return 1 - self.n / self.m
+
+    def scores(self, w: Tensor) -> Tensor:  # noqa: D102
+        return w
+
+    def expand(self, keep: Tensor, shape: Shape) -> Tensor:  # noqa: D102
+        return keep
+
+    def mask(self, w: Tensor, sparsity: float) -> Tensor:  # noqa: D102
+        self.check(tuple(w.shape))
+        rows = w.detach().movedim(self.axis, -1)
+        groups = rows.reshape(*rows.shape[:-1], rows.shape[-1] // self.m, self.m).abs()
+        order = groups.argsort(dim=-1, descending=True, stable=True)
+        keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., : self._of_m(sparsity)], True)
+        return keep.reshape(rows.shape).movedim(-1, self.axis)
+
+    def contains(self, w: Tensor, sparsity: float) -> bool:  # noqa: D102
+        self.check(tuple(w.shape))
+        rows = (w != 0).movedim(self.axis, -1)
+        counts = rows.reshape(-1, self.m).sum(-1)
+        return w.numel() == 0 or int(counts.max()) <= self._of_m(sparsity)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" + (f" axis {self.axis}" if self.axis != 1 else "")
+
+
+class _Grouped(Pattern):
+    """Units are equal-sized groups of weights; subclasses say how a weight's dims split into (units, members)."""
+
+    least_dims = 2
+
+    def check(self, shape: Shape) -> None:
+        if len(shape) < self.least_dims:
+            raise DualpruneError(f"{self} needs a weight of at least {self.least_dims} dimensions, got shape {shape}")
+
+    @abstractmethod
+    def unit_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the unit mask, broadcastable to `shape`."""
+
+    def units(self, shape: Shape) -> int:
+        return math.prod(self.unit_shape(shape))
+
+    def scores(self, w: Tensor) -> Tensor:
+        unit = self.unit_shape(tuple(w.shape))
+        dims = [d for d, (u, size) in enumerate(zip(unit, w.shape, strict=True)) if u != size]
+        energy = w.detach().float().square()
+        return (energy.sum(dims) if dims else energy).reshape(-1)
+
+    def expand(self, keep: Tensor, shape: Shape) -> Tensor:
+        return keep.view(self.unit_shape(shape))
+
+    def __str__(self) -> str:
+        return type(self).__name__.lower()
+
+
+@dataclass(frozen=True)
+class Filter(_Grouped):
+    """Whole output slices W[f] (dim 0)."""
+
+    def unit_shape(self, shape: Shape) -> Shape:  # noqa: D102
+        return (shape[0], *(1,) * (len(shape) - 1))
+
+    __str__ = _Grouped.__str__
+
+
+@dataclass(frozen=True)
+class Channel(_Grouped):
+    """Whole input slices W[:, c] (dim 1)."""
+
+    def unit_shape(self, shape: Shape) -> Shape:  # noqa: D102
+        return (1, shape[1], *(1,) * (len(shape) - 2))
+
+    __str__ = _Grouped.__str__
+
+
+@dataclass(frozen=True)
+class Column(_Grouped):
+    """One position (c, h, w) over all filters; also called filter shape."""
+
+    def unit_shape(self, shape: Shape) -> Shape:  # noqa: D102
+        return (1, *shape[1:])
+
+    __str__ = _Grouped.__str__
+
+
+@dataclass(frozen=True)
+class Kernel(_Grouped):
+    """One spatial slice W[f, c]; pruning them is also called connectivity pruning."""
+
+    least_dims = 3
+
+    def unit_shape(self, shape: Shape) -> Shape:  # noqa: D102
+        return (*shape[:2], *(1,) * (len(shape) - 2))
+
+    __str__ = _Grouped.__str__
+
+
+@dataclass(frozen=True)
+class Block(_Grouped):
+    """A rows × columns tile of the weight seen as a matrix (F, C·h·w)."""
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(v, int) and v > 0 for v in (self.rows, self.columns)):
+            raise DualpruneError(f"Block(rows, columns) expects positive integers, got {self.rows!r}, {self.columns!r}")
+
+    def check(self, shape: Shape) -> None:  # noqa: D102
+        super().check(shape)
+        matrix = (shape[0], math.prod(shape[1:]))
+        if matrix[0] % self.rows or matrix[1] % self.columns:
+            raise DualpruneError(
+                f"{self} does not tile a weight of shape {shape}, seen as a {matrix[0]}×{matrix[1]} matrix: "
+                "choose divisors of both sides, or ignore this parameter"
+            )
+
+    def unit_shape(self, shape: Shape) -> Shape:  # noqa: D102
+        return (shape[0] // self.rows, math.prod(shape[1:]) // self.columns)
+
+    def scores(self, w: Tensor) -> Tensor:  # noqa: D102
+        r, c = self.unit_shape(tuple(w.shape))
+        return w.detach().float().square().reshape(r, self.rows, c, self.columns).sum((1, 3)).reshape(-1)
+
+    def expand(self, keep: Tensor, shape: Shape) -> Tensor:  # noqa: D102
+        r, c = self.unit_shape(shape)
+        tiles = keep.view(r, 1, c, 1).expand(r, self.rows, c, self.columns)
+        return tiles.reshape(shape)
+
+    def __str__(self) -> str:
+        return f"block:{self.rows}x{self.columns}"
+
+
+_WORDS: dict[str, Pattern] = {str(p): p for p in (Unstructured(), Filter(), Channel(), Column(), Kernel())}
+
+
+def parse_pattern(text: str | Pattern) -> Pattern:
+    """Turn "unstructured", "2:4", "block:4x1", "filter", "channel", "column" or "kernel" into its value.
+
+    Raises:
+        DualpruneError: the text names no pattern.
+    """
+    if isinstance(text, Pattern):
+        return text
+    word = str(text).strip().lower()
+    if word in _WORDS:
+        return _WORDS[word]
+    if found := re.fullmatch(r"(\d+):(\d+)(?: axis (-?\d+))?", word):
+        return NM(int(found[1]), int(found[2]), int(found[3] or 1))
+    if found := re.fullmatch(r"block:(\d+)x(\d+)", word):
+        return Block(int(found[1]), int(found[2]))
+    known = [*_WORDS, "2:4", "block:4x1"]
+    raise DualpruneError(f"expected a pattern, one of {', '.join(known)}; got {text!r}{suggest(word, known)}")
+
+
+def check_sparsity(value: float, what: str = "sparsity") -> float:
+    """Return `value` if it is a fraction in [0, 1]; otherwise say what was probably meant."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DualpruneError(f"{what} is a fraction in [0, 1], got {value!r} ({type(value).__name__})")
+    if not 0 <= value <= 1:  # also refuses NaN
+        hint = f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
+        raise DualpruneError(f"{what} is a fraction in [0, 1], got {value:g}{hint}")
+    return float(value)
+
+
+def project(tensor: Tensor, pattern: str | Pattern = "unstructured", sparsity: float | None = None) -> Tensor:
+    """Return the Euclidean projection of `tensor` onto a sparsity set, for loops of your own.
+
+    Args:
+        tensor: a floating tensor of any shape that the pattern fits.
+        pattern: a pattern value or its text, such as "2:4" or "filter".
+        sparsity: fraction of units dropped, in [0, 1]; not needed for n:m patterns.
+
+    Raises:
+        DualpruneError: the sparsity is no fraction, or the pattern does not fit the shape.
+    """
+    pattern = parse_pattern(pattern)
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise DualpruneError(
+            f"project expects a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}"
+        )
+    if sparsity is None and not isinstance(pattern, NM):
+        raise DualpruneError(f"project onto {pattern} needs sparsity=, a fraction in [0, 1]")
+    return pattern.project(tensor, 1.0 if sparsity is None else check_sparsity(sparsity))

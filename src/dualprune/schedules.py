@@ -1,0 +1,75 @@
+"""How scalars move over a run: penalties, cardinality and SLR's step factor. Pure functions of progress in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dualprune.errors import DualpruneError
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value throughout; needs no total_steps."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _positive("Constant(value)", self.value)
+
+    def __call__(self, progress: float) -> float:  # noqa: D102
+        return self.value
+
+
+@dataclass(frozen=True)
+class Geometric:
+    """Grow by equal factors from `start` to `end` over the first `over` (fraction) of the run, then stay."""
+
+    start: float
+    end: float
+    over: float = 0.8
+
+    def __post_init__(self) -> None:
+        _positive("Geometric(start)", self.start)
+        _positive("Geometric(end)", self.end)
+        check_fraction("Geometric(over)", self.over)
+
+    def __call__(self, progress: float) -> float:  # noqa: D102
+        reached = 1.0 if progress >= self.over else progress / self.over
+        return self.start * (self.end / self.start) ** reached
+
+
+Schedule = Constant | Geometric
+
+
+def as_schedule(value: float | Schedule, what: str) -> Schedule:
+    """Return a schedule as it is, and a number as a constant one."""
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DualpruneError(
+            f"{what} expects a positive number or a schedule such as Geometric(0.01, 1.0), got {value!r}"
+        )
+    _positive(what, value)
+    return Constant(float(value))
+
+
+def cubic(progress: float, over: float) -> float:
+    """Return how much of the final sparsity to ask for: 1 − (1 − t)³ at t = progress/over (Zhu & Gupta 2018, eq. 1)."""
+    return 1.0 if progress >= over else 1 - (1 - progress / over) ** 3
+
+
+def slr_alpha(k: int, M: float, r: float) -> float:
+    """Return the step factor α_k = 1 − 1/(M k^(1 − 1/k^r)) (SLR 2024, eq. 13), for the k-th multiplier update, k ≥ 1."""
+    return 1 - 1 / (M * k ** (1 - 1 / k**r))
+
+
+def check_fraction(what: str, value: float) -> None:
+    """Raise unless `value` is a fraction in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise DualpruneError(f"{what} is a fraction of the run in [0, 1], got {value!r}")
+
+
+def _positive(what: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+        raise DualpruneError(f"{what} expects a positive finite number, got {value!r}")

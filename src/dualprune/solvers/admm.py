@@ -1,0 +1,70 @@
+"""ADMM pruning (Zhang et al. 2018), the baseline SLR is measured against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dualprune.problem import Problem
+from dualprune.schedules import Geometric, as_schedule
+from dualprune.solvers.base import Clock, ConstantOrSchedule, DualMethod, DualSolver, Row, Store
+from dualprune.solvers.vector import ascend_, lagrangian_terms, replace_, shifted
+
+
+@dataclass(frozen=True)
+class ADMM(DualMethod):
+    """Alternating direction method of multipliers: Z ← Π(W + Λ/ρ), Λ ← Λ + ρ(W − Z), at every update.
+
+    Args:
+        rho: penalty, a number or a schedule over the run. The squared norm ρ/2 ‖W − Z‖² is meant.
+        ramp: fraction of the run over which the set shrinks to its final size; 0: final from the start, as published.
+        hold: fraction at the end of the run that is trained under the fixed mask; 0 as published.
+    """
+
+    rho: ConstantOrSchedule = Geometric(0.01, 1.0, over=0.8)
+
+    def __post_init__(self) -> None:
+        self._check()
+        as_schedule(self.rho, "ADMM(rho)")
+
+    @classmethod
+    def paper(cls, rho: float = 0.1) -> ADMM:
+        """Return the SLR papers' baseline: constant ρ = 0.1; its dual period, several epochs, is `every` of attach."""
+        return cls(rho=rho)
+
+    def start(self, problem: Problem, store: Store) -> ADMMSolver:  # noqa: D102
+        return ADMMSolver(problem, self, store)
+
+
+class ADMMSolver(DualSolver):
+    """One update is one screen: project, then ascend with step ρ."""
+
+    def __init__(self, problem: Problem, method: ADMM, store: Store) -> None:
+        super().__init__(problem, method, store, as_schedule(method.rho, "ADMM(rho)")(0.0), k=1)
+        self.admm = method
+
+    def update(self, clock: Clock) -> Row:  # noqa: D102
+        W, Z, lam = self.problem.weights, self.tensors["Z"], self.tensors["lam"]
+        rho = as_schedule(self.admm.rho, "ADMM(rho)")(clock.progress)
+        before = math.sqrt(lagrangian_terms(W, Z, lam)[1])
+
+        V = shifted(W, lam, rho)
+        z_change, flips = replace_(Z, V, self.project(clock.progress)(V))
+        inner, square = lagrangian_terms(W, Z, lam)
+        ascend_(lam, rho, W, Z)
+
+        self.scalars |= {"rho": rho, "k": self.scalars["k"] + 1}
+        lagrangian = (clock.loss or 0.0) + inner + rho * square + rho / 2 * square
+        return {
+            "rho": rho,
+            "s": rho,
+            "loss_known": clock.loss is not None,
+            "lagrangian": lagrangian,
+            "dual_bound": lagrangian + rho * square,  # eq. 21 with γ = 1
+            "violation_before": before,
+            "violation": math.sqrt(square),
+            "z_change": z_change,
+            "support_change": flips,
+            "condition_w": None,
+            "condition_z": None,
+        }

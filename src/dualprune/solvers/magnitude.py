@@ -1,0 +1,73 @@
+"""Magnitude pruning: once at the end, or gradually along a cubic schedule (Zhu & Gupta 2018). The rivals to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dualprune.errors import DualpruneError
+from dualprune.problem import Problem
+from dualprune.schedules import check_fraction, cubic
+from dualprune.solvers.base import Clock, Method, Row, Solver, Store
+
+
+@dataclass(frozen=True)
+class Magnitude(Method):
+    """One shot: nothing happens until `finish` cuts the smallest units."""
+
+    def start(self, problem: Problem, store: Store) -> Solver:  # noqa: D102
+        return OneShotSolver(problem, {}, {})
+
+
+class OneShotSolver(Solver):
+    """Has no state; an update has nothing to do."""
+
+    def update(self, clock: Clock) -> Row:  # noqa: D102
+        return {"support_change": 0.0}
+
+
+@dataclass(frozen=True)
+class GradualMagnitude(Method):
+    """Raise the sparsity cubically over the first `over` of the run, re-ranking at every update; pruned weights stay zero.
+
+    Args:
+        over: fraction of the run after which the final sparsity is reached and the masks no longer move.
+    """
+
+    default_every = 100
+    over: float = 0.75
+
+    def __post_init__(self) -> None:
+        check_fraction("GradualMagnitude(over)", self.over)
+        if not self.over:
+            raise DualpruneError("GradualMagnitude(over) is a fraction above 0; for a cut at once use Magnitude()")
+
+    @property
+    def needs_total_steps(self) -> bool:  # noqa: D102
+        return True
+
+    def sparsity_scale(self, progress: float) -> float:  # noqa: D102
+        return cubic(progress, self.over)
+
+    def start(self, problem: Problem, store: Store) -> Solver:  # noqa: D102
+        return GradualSolver(problem, self)
+
+
+class GradualSolver(Solver):
+    """Its only state is the masks, as what is dropped."""
+
+    masks_weights = True
+
+    def __init__(self, problem: Problem, method: GradualMagnitude) -> None:
+        super().__init__(problem, {"drop": [torch.zeros_like(w, dtype=torch.bool) for w in problem.weights]}, {})
+        self.method = method
+
+    def update(self, clock: Clock) -> Row:  # noqa: D102
+        masks = self.problem.masks(self.problem.weights, self.method.sparsity_scale(clock.progress))
+        flips, total = 0, 0
+        for drop, mask in zip(self.tensors["drop"], masks, strict=True):
+            flips += int((drop == mask).sum())
+            total += drop.numel()
+            drop.copy_(~mask)
+        return {"support_change": flips / max(total, 1)}
