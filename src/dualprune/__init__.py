@@ -15,13 +15,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "attach": ("attach", "Pruner"),
+    "pruner": ("Pruner", "attach"),
     "budget": ("compression_rate",),
     "errors": ("DualpruneError", "FormatError", "NonFiniteError"),
     "export": ("load_sparse", "save_sparse"),
     "finish": ("recalibrate_batch_norm",),
     "patterns": ("NM", "Block", "Channel", "Column", "Filter", "Kernel", "Unstructured", "parse_pattern", "project"),
-    "report": ("sparsity_report",),
+    "sparsity": ("sparsity_report",),
     "schedules": ("Constant", "Geometric"),
     "solvers": ("ADMM", "SLR", "GradualMagnitude", "Magnitude"),
 }

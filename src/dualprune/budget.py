@@ -14,9 +14,7 @@ BUDGETS = ("uniform", "erk", "global")
 def check_budget(name: str) -> str:
     """Return `name` if it is a budget, else raise with a suggestion."""
     if name not in BUDGETS:
-        raise DualpruneError(
-            f"expected budget to be one of {', '.join(BUDGETS)}; got {name!r}{suggest(str(name), BUDGETS)}"
-        )
+        raise DualpruneError(f"expected budget to be one of {', '.join(BUDGETS)}; got {name!r}{suggest(str(name), BUDGETS)}")
     return name
 
 

@@ -29,8 +29,10 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
         The number of batches seen; 0 without touching anything if the model has no batch norm.
 
     Raises:
-        DualpruneError: there are no batches, or a batch is of another kind.
+        DualpruneError: there are no batches, or a batch is of another kind; the statistics are as before.
     """
+    if isinstance(batches, Tensor | str | Mapping):
+        raise DualpruneError(f"expected an iterable of batches, got one {type(batches).__name__}: put it into a list")
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:
         return 0
@@ -48,18 +50,18 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
         for batch in batches:
             _forward(model, batch, device)
             seen += 1
+        if not seen:
+            raise DualpruneError(
+                "batch-norm re-estimation got no batches: is the loader empty, or an iterator already used up?"
+            )
+    except BaseException:
+        _restore(layers, saved)
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for layer, momentum, buffers in zip(layers, momenta, saved, strict=True):
+        for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-            if not seen:
-                for k, value in buffers.items():
-                    getattr(layer, k).copy_(value)
-    if not seen:
-        raise DualpruneError(
-            "batch-norm re-estimation got no batches: is the loader empty, or an iterator already used up?"
-        )
     return seen
 
 
@@ -71,15 +73,20 @@ def batch_norm_restored(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, buffers in zip(layers, saved, strict=True):
-            for k, value in buffers.items():
-                getattr(layer, k).copy_(value)
+        _restore(layers, saved)
 
 
 def cut_(weights: Iterable[Tensor], drops: Iterable[Tensor]) -> None:
     """Zero what is dropped, in place; a positive zero whatever the sign was."""
     for w, drop in zip(weights, drops, strict=True):
         w.masked_fill_(drop, 0)
+
+
+@torch.no_grad()
+def _restore(layers: Iterable[_BatchNorm], saved: Iterable[Mapping[str, Tensor]]) -> None:
+    for layer, buffers in zip(layers, saved, strict=True):
+        for k, value in buffers.items():
+            getattr(layer, k).copy_(value)
 
 
 def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:

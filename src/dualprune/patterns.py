@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dualprune.errors import DualpruneError, suggest
+from dualprune.errors import DualpruneError, NonFiniteError, suggest
 from dualprune.selection import keep_largest
 
 Shape = tuple[int, ...]
@@ -113,9 +113,11 @@ class NM(Pattern):
     axis: int = 1
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.n, int) and isinstance(self.m, int) and 0 <= self.n <= self.m and self.m > 0):
+        whole = all(isinstance(v, int) and not isinstance(v, bool) for v in (self.n, self.m, self.axis))
+        if not (whole and 0 <= self.n <= self.m and self.m > 0):
             raise DualpruneError(
-                f"NM(n, m) keeps n of every m weights: expected 0 <= n <= m, got n={self.n}, m={self.m}"
+                f"NM(n, m, axis) keeps n of every m weights along axis: expected whole numbers with 0 <= n <= m and "
+                f"0 < m, got n={self.n}, m={self.m}, axis={self.axis}"
             )
 
     def units(self, shape: Shape) -> int:  # noqa: D102
@@ -182,7 +184,7 @@ class _Grouped(Pattern):
     def scores(self, w: Tensor) -> Tensor:
         unit = self.unit_shape(tuple(w.shape))
         dims = [d for d, (u, size) in enumerate(zip(unit, w.shape, strict=True)) if u != size]
-        energy = w.detach().float().square()
+        energy = _energy(w)
         return (energy.sum(dims) if dims else energy).reshape(-1)
 
     def expand(self, keep: Tensor, shape: Shape) -> Tensor:
@@ -259,7 +261,7 @@ class Block(_Grouped):
 
     def scores(self, w: Tensor) -> Tensor:  # noqa: D102
         r, c = self.unit_shape(tuple(w.shape))
-        return w.detach().float().square().reshape(r, self.rows, c, self.columns).sum((1, 3)).reshape(-1)
+        return _energy(w).reshape(r, self.rows, c, self.columns).sum((1, 3)).reshape(-1)
 
     def expand(self, keep: Tensor, shape: Shape) -> Tensor:  # noqa: D102
         r, c = self.unit_shape(shape)
@@ -268,6 +270,15 @@ class Block(_Grouped):
 
     def __str__(self) -> str:
         return f"block:{self.rows}x{self.columns}"
+
+
+def _energy(w: Tensor) -> Tensor:
+    """Return w², in double precision where the device has it: squares of floats neither overflow nor vanish there."""
+    return w.detach().to(torch.float32 if w.device.type == "mps" else torch.float64, copy=True).square_()
+
+
+def _wide(w: Tensor) -> Tensor:
+    return w.detach() if w.dtype == torch.float64 else w.detach().float()
 
 
 _WORDS: dict[str, Pattern] = {str(p): p for p in (Unstructured(), Filter(), Channel(), Column(), Kernel())}
@@ -312,12 +323,15 @@ def project(tensor: Tensor, pattern: str | Pattern = "unstructured", sparsity: f
 
     Raises:
         DualpruneError: the sparsity is no fraction, or the pattern does not fit the shape.
+        NonFiniteError: there is a NaN (infinities are kept first).
     """
     pattern = parse_pattern(pattern)
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.itemsize < 2:
         raise DualpruneError(
-            f"project expects a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}"
+            f"project expects a tensor of 16-, 32- or 64-bit floats, got {getattr(tensor, 'dtype', type(tensor).__name__)}"
         )
+    if bool(tensor.isnan().any()):
+        raise NonFiniteError("project got a tensor with NaN, which has no magnitude to rank by")
     if sparsity is None and not isinstance(pattern, NM):
         raise DualpruneError(f"project onto {pattern} needs sparsity=, a fraction in [0, 1]")
     return pattern.project(tensor, 1.0 if sparsity is None else check_sparsity(sparsity))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,8 @@ def build_problem(
         rate: how many times fewer weights in the pruned layers (10 keeps a tenth); or
         sparsity: the fraction removed, 0.9. Without either, only parameters that `patterns` names are pruned.
         patterns: globs over parameter names → a pattern ("2:4", Filter()), a sparsity (0.9), or both (("filter", 0.5)).
-            The first glob that matches a name decides.
+            The first glob that matches a name (or its module's, or a tied parameter's other one) decides;
+            parameters of fewer than two dimensions are reached by their exact name only.
         ignore: globs of parameters to leave alone; None leaves the first and last layer, () none.
         budget: "uniform", "erk" or "global"; a sparsity given in `patterns` is not touched by it.
         trainable: the optimizer's parameters; others are left alone. None means all.
@@ -105,16 +106,20 @@ def build_problem(
     asked = resolve_sparsity(rate, sparsity)
     check_budget(budget)
     rules = [(glob, *_parse_rule(glob, rule)) for glob, rule in (patterns or {}).items()]
-    named, aliases = _named_weights(model)
-    skipped = {name: "fewer than two dimensions" for name, p in named.items() if p.ndim < 2}
-    weights = {name: p for name, p in named.items() if p.ndim >= 2}
-    ignored = _ignored(weights, named, ignore)
+    named, homes = _named_weights(model)
+    aliases: dict[str, tuple[str, ...]] = {}
+    for name, home in homes.items():
+        if name != home:
+            aliases[home] = (*aliases.get(home, ()), name)
+    skipped = {name: "fewer than two dimensions" for name, p in named.items() if _dims(p) < 2}
+    ignored = _ignored([home for home in homes.values() if home not in skipped], homes, ignore)
     owned = None if trainable is None else {id(p) for p in trainable}
-    _all_match([glob for glob, *_ in rules], named, "patterns")
+    _all_match([glob for glob, *_ in rules], homes, "patterns")
 
     targets: list[Target] = []
     for name, weight in named.items():
-        rule = next(((p, s) for glob, p, s in rules if _matches(glob, name, aliases)), None)
+        names = (name, *aliases.get(name, ()))
+        rule = next(((p, s) for glob, p, s in rules if _reaches(glob, names, weight)), None)
         if (rule is None and name in skipped) or (reason := _unfit(weight, owned)):
             skipped[name] = skipped.get(name) or reason
         elif name in ignored and (rule is None or ignore is not None):
@@ -123,15 +128,16 @@ def build_problem(
             skipped[name] = "no pattern names it"
         else:
             pattern, own = rule or (None, None)
-            targets.append(_target(name, weight, pattern, own, asked, budget, aliases.get(id(weight), ())))
+            targets.append(_target(name, weight, pattern, own, asked, budget, aliases.get(name, ())))
+            skipped.pop(name, None)
     if not targets:
-        raise DualpruneError(_nothing_left(skipped, asked))
+        raise DualpruneError(_nothing_left(skipped, asked, bool(rules)))
     return Problem(_with_erk(targets, asked) if budget == "erk" else targets, skipped)
 
 
 def parameter_name(name: str) -> str:
-    """Return a parameter's name without the wrappers' prefixes `module.` and `_orig_mod.`."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+    """Return a parameter's name without the wrappers' prefixes: `module.` in front, `_orig_mod.` anywhere."""
+    return re.sub(r"^(module\.)+", "", re.sub(r"(?<![^.])_orig_mod\.", "", name))
 
 
 def _target(
@@ -147,23 +153,21 @@ def _target(
     wanted = own if own is not None else asked
     if wanted is None:
         if not isinstance(pattern, NM):
-            raise DualpruneError(
-                f"{name}: pattern {pattern} needs a sparsity; give rate=, sparsity= or (pattern, sparsity)"
-            )
+            raise DualpruneError(f"{name}: pattern {pattern} needs a sparsity; give rate=, sparsity= or (pattern, sparsity)")
         wanted = pattern.snap(0.0)
     try:
         pattern.check(tuple(weight.shape))
     except DualpruneError as error:
         raise DualpruneError(f"{name}: {error}") from None
-    pooled = budget == "global" and own is None and not isinstance(pattern, NM)
+    pooled = budget != "uniform" and own is None and not isinstance(pattern, NM)
     return Target(name, weight, pattern, pattern.snap(wanted), pooled, aliases)
 
 
 def _with_erk(targets: list[Target], asked: float | None) -> list[Target]:
-    free = [t for t in targets if t.sparsity == asked and not isinstance(t.pattern, NM)]
+    free = [t for t in targets if t.pooled]
     spread = erk_sparsities([tuple(t.weight.shape) for t in free], asked or 0.0)
     by_name = {t.name: s for t, s in zip(free, spread, strict=True)}
-    return [Target(t.name, t.weight, t.pattern, by_name.get(t.name, t.sparsity), False, t.aliases) for t in targets]
+    return [replace(t, sparsity=by_name.get(t.name, t.sparsity), pooled=False) for t in targets]
 
 
 def _pool_masks(pattern: Pattern, values: list[Tensor], sparsity: float) -> list[Tensor]:
@@ -194,35 +198,41 @@ def _parse_rule(glob: str, rule: Rule) -> tuple[Pattern | None, float | None]:
         return parse_pattern(rule[0]), check_sparsity(rule[1], f"patterns[{glob!r}] sparsity")
     if isinstance(rule, str | Pattern):
         return parse_pattern(rule), None
-    return None, check_sparsity(rule, f"patterns[{glob!r}] sparsity")  # type: ignore[arg-type]
+    return None, check_sparsity(rule, f"patterns[{glob!r}] sparsity")
 
 
-def _named_weights(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[int, tuple[str, ...]]]:
-    """Return every distinct parameter under its first name, and the further names of tied ones by id."""
+def _named_weights(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """Return every distinct parameter under its first name, and for every name, in model order, that first one."""
     first: dict[int, str] = {}
     named: dict[str, nn.Parameter] = {}
-    aliases: dict[int, tuple[str, ...]] = {}
+    homes: dict[str, str] = {}
     for raw, p in model.named_parameters(remove_duplicate=False):
-        name = parameter_name(raw)
-        if id(p) in first:
-            aliases[id(p)] = (*aliases.get(id(p), ()), name)
-        else:
-            first[id(p)] = name
-            named[name] = p
-    return named, aliases
+        short = parameter_name(raw)
+        name = raw if short in homes else short  # a model of both `fc` and `module.fc` keeps the two apart
+        homes[name] = first.setdefault(id(p), name)
+        named[homes[name]] = p
+    return named, homes
 
 
-def _ignored(weights: Mapping[str, Any], named: Mapping[str, Any], ignore: Iterable[str] | None) -> dict[str, str]:
+def _ignored(prunable: Sequence[str], homes: Mapping[str, str], ignore: Iterable[str] | None) -> dict[str, str]:
     if ignore is None:
-        names = list(weights)
-        return {names[0]: "first layer", names[-1]: "last layer"} if names else {}
+        return {prunable[-1]: "last layer", prunable[0]: "first layer"} if prunable else {}
     globs = [ignore] if isinstance(ignore, str) else list(ignore)
-    _all_match(globs, named, "ignore")
-    return {name: "ignored" for name in named if any(_matches(g, name) for g in globs)}
+    _all_match(globs, homes, "ignore")
+    return {home: "ignored" for name, home in homes.items() if any(_matches(g, name) for g in globs)}
 
 
-def _matches(glob: str, name: str, aliases: Mapping[int, tuple[str, ...]] | None = None) -> bool:
+def _matches(glob: str, name: str) -> bool:
     return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)
+
+
+def _reaches(glob: str, names: Sequence[str], weight: nn.Parameter) -> bool:
+    """Tell whether a rule means this parameter; biases and norms are never caught by accident."""
+    return any(_matches(glob, name) for name in names) if _dims(weight) >= 2 else glob in names
+
+
+def _dims(weight: nn.Parameter) -> int:
+    return 2 if isinstance(weight, nn.parameter.UninitializedParameter) else weight.ndim  # a lazy shape is unknown
 
 
 def _all_match(globs: Sequence[str], names: Iterable[str], what: str) -> None:
@@ -238,15 +248,17 @@ def _unfit(weight: nn.Parameter, owned: set[int] | None) -> str:
         return "frozen (requires_grad is False)"
     if isinstance(weight, nn.parameter.UninitializedParameter) or weight.is_meta:
         return "not materialised (lazy or meta)"
-    if not weight.is_floating_point():
-        return f"not floating point ({weight.dtype})"
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return f"not a float of 16, 32 or 64 bits ({weight.dtype})"
+    if not weight.numel():
+        return "empty"
     if owned is not None and id(weight) not in owned:
         return "not in the optimizer"
     return ""
 
 
-def _nothing_left(skipped: Mapping[str, str], asked: float | None) -> str:
-    if asked is None:
+def _nothing_left(skipped: Mapping[str, str], asked: float | None, ruled: bool) -> str:
+    if asked is None and not ruled:
         return "nothing to prune: give rate=10, sparsity=0.9 or patterns={glob: pattern}"
     reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:6])
     return f"nothing to prune: every parameter is left alone ({reasons}). Pass ignore=() to prune first and last layers too"

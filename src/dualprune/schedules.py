@@ -47,9 +47,7 @@ def as_schedule(value: float | Schedule, what: str) -> Schedule:
     if isinstance(value, Schedule):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DualpruneError(
-            f"{what} expects a positive number or a schedule such as Geometric(0.01, 1.0), got {value!r}"
-        )
+        raise DualpruneError(f"{what} expects a positive number or a schedule such as Geometric(0.01, 1.0), got {value!r}")
     _positive(what, value)
     return Constant(float(value))
 

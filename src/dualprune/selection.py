@@ -14,12 +14,13 @@ from torch import Tensor
 
 _SAMPLE = 1 << 15
 _CHUNK = 1 << 18  # elements; a chunk and its scratch stay in a core's second-level cache
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def memory_order(t: Tensor) -> Tensor:
     """View a dense tensor of any layout (channels_last, …) as 1-D in the order of its memory; copies only if it has gaps."""
-    order = sorted(range(t.ndim), key=lambda d: (-t.stride(d), d))
+    strides = t.stride()
+    order = sorted(range(t.ndim), key=lambda d: (-strides[d], d))
     flat = t.permute(order)
     return flat.view(-1) if flat.is_contiguous() else t.reshape(-1)
 
@@ -42,7 +43,7 @@ def kth_largest_magnitude(parts: Sequence[Tensor], k: int) -> Tensor:
     if not 1 <= k <= total:
         raise ValueError(f"expected 1 <= k <= {total} (the number of elements), got k = {k}")
     dtype = flats[0].dtype
-    bits = [f.view(_BITS[dtype.itemsize]) for f in flats if f.numel()]
+    bits = [f.view(BITS[dtype.itemsize]) for f in flats if f.numel()]
     return _kth_largest(bits, k, total).view(dtype)
 
 
@@ -100,7 +101,8 @@ def _chunks(bits: list[Tensor]) -> Iterator[Tensor]:
 def keep_largest(parts: Sequence[Tensor], k: int) -> list[Tensor]:
     """Return boolean masks, shaped and laid out like `parts`, that keep exactly the k largest magnitudes over all parts.
 
-    Ties are kept by index: earlier parts first, and within a part the lower row-major index.
+    Ties are kept by index: earlier parts first, and within a part the lower row-major index. NaN has no rank: callers
+    make sure that there is none.
     """
     total = sum(p.numel() for p in parts)
     if not 0 <= k <= total:
@@ -112,12 +114,22 @@ def keep_largest(parts: Sequence[Tensor], k: int) -> list[Tensor]:
     masks = [torch.empty_like(p, dtype=torch.bool) for p in parts]
     surplus = sum(_at_least(p, threshold, mask) for p, mask in zip(parts, masks, strict=True)) - k
     for p, mask in zip(reversed(parts), reversed(masks), strict=True):
+        surplus = _drop_ties(p, threshold, mask, surplus)
+    return masks
+
+
+def _drop_ties(p: Tensor, threshold: Tensor, mask: Tensor, surplus: int) -> int:
+    """Clear the last `surplus` places of `mask`, in row-major order, where |p| = threshold; return how many are still to go."""
+    flat, keep = p.flatten(), mask.flatten()  # copies where the memory is not row-major
+    for source, target in zip(reversed(list(_chunks([flat]))), reversed(list(_chunks([keep]))), strict=True):
         if not surplus:
             break
-        ties = (p.abs() == threshold).flatten().nonzero().squeeze(1)[-surplus:]
-        mask[torch.unravel_index(ties, mask.shape)] = False
+        ties = (source.abs() == threshold).nonzero().squeeze(1)[-surplus:]
+        target[ties] = False
         surplus -= ties.numel()
-    return masks
+    if not mask.is_contiguous():
+        mask.copy_(keep.view_as(mask))
+    return surplus
 
 
 def _at_least(p: Tensor, threshold: Tensor, out: Tensor) -> int:

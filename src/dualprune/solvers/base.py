@@ -53,9 +53,7 @@ class Clock:
 class Solver:
     """State per target and scalars; saved and loaded by name, so a solver declares and never writes I/O."""
 
-    def __init__(
-        self, problem: Problem, tensors: dict[str, list[Tensor]], scalars: dict[str, float | int | None]
-    ) -> None:
+    def __init__(self, problem: Problem, tensors: dict[str, list[Tensor]], scalars: dict[str, Any]) -> None:
         self.problem = problem
         self.tensors = tensors
         self.scalars = scalars
@@ -108,9 +106,7 @@ class DualSolver(Solver):
 
     penalises = True
 
-    def __init__(
-        self, problem: Problem, method: DualMethod, store: Store, rho: float, **scalars: float | int | None
-    ) -> None:
+    def __init__(self, problem: Problem, method: DualMethod, store: Store, rho: float, **scalars: Any) -> None:
         self.method = method
         W = problem.weights
         masks = problem.masks(W, method.sparsity_scale(0.0))

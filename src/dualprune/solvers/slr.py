@@ -27,7 +27,8 @@ class SLR(DualMethod):
             "as_printed" takes eq. 8 and 13 literally, which can diverge (docs/theory.md).
         cap: the step size never exceeds cap·ρ (ADMM's step is ρ); None lifts the limit.
         ramp: fraction of the run over which the set shrinks to its final size, cubically; 0: final from the start.
-            While it shrinks, the step size is s0·ρ: the contraction needs a violation to contract.
+            While it shrinks, the step size stays s0: a set that moves makes new violation, which the contraction
+            would answer with ever smaller steps.
         hold: fraction at the end of the run that is trained under the fixed mask.
 
     Raises:
@@ -121,10 +122,9 @@ class SLRSolver(DualSolver):
         books, method = self.scalars, self.slr
         rho = as_schedule(method.rho, "SLR(rho)")(clock.progress)
         known = clock.loss is not None and (books["f"] is not None or books["k"] == 1)
-        f, f_prev = (clock.loss, books["f"]) if known else (0.0, 0.0)
+        f, f_prev = (clock.loss or 0.0, books["f"]) if known else (0.0, 0.0)
         # L at the last weights with today's ρ: Λ and Z have not moved since, so two scalars hold all of it
         L_prev = math.inf if f_prev is None else f_prev + books["inner"] + rho / 2 * books["square"]
-        books["k"] += 1
         row = slr_update(
             self.problem.weights,
             self.tensors["Z"],
@@ -138,20 +138,20 @@ class SLRSolver(DualSolver):
         inner, violation = row.pop("inner"), row["violation"]
         if method.step_rule == "as_printed":
             books["g_last"] = violation
-        books |= {"rho": rho, "f": clock.loss, "inner": inner, "square": violation**2}
+        books |= {"rho": rho, "f": clock.loss, "inner": inner, "square": violation**2, "k": books["k"] + 1}
         lagrangian = f + inner + rho / 2 * violation**2
         bound = lagrangian + books["s"] * violation**2  # eq. 18 with γ = 1
         return {"rho": rho, "s": books["s"], "loss_known": known, "lagrangian": lagrangian, "dual_bound": bound, **row}
 
     def _step(self, violation: float, rho: float, progress: float) -> float:
-        """Return s_k with s_k‖g_k‖ = α_k s_{k−1}‖g_last‖ (the contraction), capped at cap·ρ."""
+        """Return s_k with s_k‖g_k‖ = α_k s_{k−1}‖g_last‖ (the contraction), or s₀ while the set shrinks; capped at cap·ρ."""
         books, method = self.scalars, self.slr
         if progress < method.ramp:
-            s = method.s0 * rho
+            s = method.s0
         elif violation == 0:
             return 0.0  # nothing to correct
         else:
-            s = slr_alpha(books["k"], method.M, method.r) * books["s"] * books["g_last"] / violation
+            s = slr_alpha(books["k"], method.M, method.r) * books["s"] * (books["g_last"] or violation) / violation
         if method.cap is not None:
             s = min(s, method.cap * rho)
         books["s"] = s

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from dualprune.budget import compression_rate
 from dualprune.errors import DualpruneError, NonFiniteError
 from dualprune.finish import batch_norm_restored, cut_, recalibrate_batch_norm
 from dualprune.problem import Problem, Rule, build_problem
-from dualprune.solvers import ADMM, SLR, GradualMagnitude, Magnitude
+from dualprune.solvers import ADMM, SLR, Magnitude
 from dualprune.solvers.base import Clock, Method, Row, Store
 from dualprune.solvers.vector import all_finite, chunks
 
@@ -27,8 +27,8 @@ logger = logging.getLogger("dualprune")
 
 FORMAT = "dualprune-pruner"
 VERSION = 1
-_METHODS = {m.__name__: m for m in (SLR, ADMM, GradualMagnitude, Magnitude)}
-_attached: WeakKeyDictionary[Optimizer, Pruner] = WeakKeyDictionary()
+_META = {"method", "every", "total_steps", "step_count", "finished", "scalars", "loss_count", "history", "targets"}
+_attached: WeakSet[Optimizer] = WeakSet()
 
 
 def attach(
@@ -68,8 +68,14 @@ def attach(
     if not isinstance(method, Method):
         hint = f"; did you mean {method.__name__}()?" if isinstance(method, type) and issubclass(method, Method) else ""
         raise DualpruneError(f"expected a method such as SLR(), got {method!r}{hint}")
+    if not isinstance(model, nn.Module):
+        raise DualpruneError(f"attach(model, optimizer, method): expected a torch module, got {type(model).__name__}")
     if optimizer is None and not isinstance(method, Magnitude):
         raise DualpruneError(f"{type(method).__name__} works through an optimizer's steps: pass the one of your loop")
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise DualpruneError(f"expected a torch optimizer, got {type(optimizer).__name__}; pass the one your loop steps")
+    if isinstance(method, SLR | ADMM) and any(group.get("maximize") for group in optimizer.param_groups):  # type: ignore[union-attr]
+        raise DualpruneError("maximize=True would climb the penalty too: minimise the negated objective instead")
     if optimizer is not None and optimizer in _attached:
         raise DualpruneError("this optimizer has a pruner already: call its detach() before attaching another")
     total_steps = _check_steps("total_steps", total_steps)
@@ -117,7 +123,7 @@ class Pruner:
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
             ]
-            _attached[optimizer] = self
+            _attached.add(optimizer)
 
     # ------------------------------------------------------------------ during training
 
@@ -128,11 +134,10 @@ class Pruner:
 
     def observe(self, loss: Tensor | float) -> None:
         """Hand in the training loss of this step, so that the surrogate test (eq. 6) sees it; never waits for the device."""
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise DualpruneError(f"observe expects one loss a step, got a tensor of shape {tuple(loss.shape)}")
-            loss = loss.detach().reshape(()).float()
-        self._loss_sum = self._loss_sum + loss
+        loss = torch.as_tensor(loss).detach()
+        if loss.numel() != 1:
+            raise DualpruneError(f"observe expects one loss a step, got a tensor of shape {tuple(loss.shape)}")
+        self._loss_sum = self._loss_sum + loss.reshape(()).float()
         self._loss_count += 1
 
     @torch.no_grad()
@@ -144,6 +149,8 @@ class Pruner:
         """
         if self.finished or self._holding:
             raise DualpruneError("the masks are fixed: there is nothing to update after finish() or during the hold")
+        if self._evaluating:
+            raise DualpruneError("update() inside evaluate(): the weights there are cut copies, leave the context first")
         loss = self._mean_loss()
         self._require_finite_weights()
         row = self.solver.update(Clock(loss, self.progress))
@@ -158,9 +165,7 @@ class Pruner:
                 "must be added. Call loss.backward() and then step() without a closure (LBFGS cannot be used)"
             )
         if self._evaluating:
-            raise DualpruneError(
-                "optimizer.step() inside pruner.evaluate(): the weights there are cut copies, step outside"
-            )
+            raise DualpruneError("optimizer.step() inside pruner.evaluate(): the weights there are cut copies, step outside")
         if self.solver.penalises and not self.finished and not self._holding:
             self._add_penalty(getattr(optimizer, "grad_scale", None))
 
@@ -170,20 +175,18 @@ class Pruner:
         rho = self.solver.scalars["rho"]
         rows = [
             (t.weight.grad, t.weight.detach(), z, lam)
-            for t, z, lam in zip(
-                self.problem.targets, self.solver.tensors["Z"], self.solver.tensors["lam"], strict=True
-            )
+            for t, z, lam in zip(self.problem.targets, self.solver.tensors["Z"], self.solver.tensors["lam"], strict=True)
             if t.weight.grad is not None
         ]
         for grad, w, z, lam in chunks(*zip(*rows, strict=True)) if rows else ():
             if grad.is_sparse:
-                raise DualpruneError(
-                    "a pruned parameter has sparse gradients: use sparse=False, or ignore this parameter"
-                )
+                raise DualpruneError("a pruned parameter has sparse gradients: use sparse=False, or ignore this parameter")
+            z, lam = z.to(w.device), lam.to(w.device)
             if grad_scale is not None:
-                grad.add_((lam.to(w.device) + rho * (w - z.to(w.device))) * grad_scale.to(w.device))
+                scale = grad_scale.to(w.device)
+                grad.addcmul_(lam, scale).addcmul_(w, scale, value=rho).addcmul_(z, scale, value=-rho)
             else:
-                grad.add_(lam.to(w.device)).add_(w, alpha=rho).sub_(z.to(w.device), alpha=rho)
+                grad.add_(lam).add_(w, alpha=rho).sub_(z, alpha=rho)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -266,7 +269,7 @@ class Pruner:
             hook.remove()
         self._hooks = []
         if self.optimizer is not None:
-            _attached.pop(self.optimizer, None)
+            _attached.discard(self.optimizer)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -310,9 +313,7 @@ class Pruner:
             for t, tensor in zip(self.problem.targets, tensors, strict=len(tensors) > 0)
         }
         if self._drops is not None and not (self.solver.tensors.get("drop")):
-            state |= {
-                f"held.{t.name}": d.clone().contiguous() for t, d in zip(self.problem.targets, self._drops, strict=True)
-            }
+            state |= {f"held.{t.name}": d.clone().contiguous() for t, d in zip(self.problem.targets, self._drops, strict=True)}
         meta = {
             "format": FORMAT, "version": VERSION, "method": repr(self.method), "every": self.every,
             "total_steps": self.total_steps, "step_count": self.step_count, "finished": self.finished,
@@ -333,22 +334,22 @@ class Pruner:
         meta = _read_meta(state)
         self._check_same_run(meta)
         kinds = {key.split(".", 1)[0] for key in state} - {"meta", "loss_sum"}
+        if kinds not in ({"held"}, running := set(self.solver.tensors)):
+            raise DualpruneError(f"expected a state with {sorted(running)} or ['held'], got {sorted(kinds)}")
+        if kinds == running and (self.finished or self._holding):
+            raise DualpruneError("this pruner is finished or holding; attach anew to go back to an earlier state")
         loaded = {kind: [self._fitting(state, kind, i) for i in range(len(self.problem.targets))] for kind in kinds}
         held = loaded.pop("held", None)
         for kind, tensors in self.solver.tensors.items():
             if kind not in loaded:
                 tensors.clear()
-            elif not tensors:
-                raise DualpruneError("this pruner is finished or holding; attach anew to go back to an earlier state")
-            else:
-                for mine, saved in zip(tensors, loaded[kind], strict=True):
-                    mine.copy_(saved)
+            for mine, saved in zip(tensors, loaded.get(kind, ()), strict=True):
+                mine.copy_(saved)
         self.solver.scalars = dict(meta["scalars"])
         self.step_count, self.finished, self.history = meta["step_count"], meta["finished"], list(meta["history"])
         self._loss_sum, self._loss_count = state["loss_sum"].clone(), meta["loss_count"]
         if held is not None:
-            devices = [w.device for w in self.problem.weights]
-            self._drops = [d.to(device) for d, device in zip(held, devices, strict=True)]
+            self._drops = [d.to(w.device) for d, w in zip(held, self.problem.weights, strict=True)]
 
     # ------------------------------------------------------------------ private
 
@@ -369,9 +370,7 @@ class Pruner:
         weights = self.problem.weights
         if not all_finite(weights):
             bad = next(t.name for t, w in zip(self.problem.targets, weights, strict=True) if not all_finite([w]))
-            raise NonFiniteError(
-                f"{bad} has NaN or infinite weights at optimizer step {self.step_count}: stop and go back"
-            )
+            raise NonFiniteError(f"{bad} has NaN or infinite weights at optimizer step {self.step_count}: stop and go back")
 
     def _record(self, row: Row, loss: float | None) -> Row:
         self._loss_sum, self._loss_count = 0.0, 0
@@ -403,9 +402,10 @@ class Pruner:
     def _fitting(self, state: Mapping[str, Tensor], kind: str, index: int) -> Tensor:
         target = self.problem.targets[index]
         tensor = state.get(f"{kind}.{target.name}")
-        if tensor is None or tensor.shape != target.weight.shape:
-            came = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
-            raise DualpruneError(f"state {kind}.{target.name}: expected shape {tuple(target.weight.shape)}, got {came}")
+        wanted = torch.bool if kind == "held" else self.solver.tensors[kind][index].dtype, tuple(target.weight.shape)
+        if tensor is None or (tensor.dtype, tuple(tensor.shape)) != wanted:
+            came = "nothing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise DualpruneError(f"state {kind}.{target.name}: expected {wanted[0]} of shape {wanted[1]}, got {came}")
         return tensor
 
 
@@ -432,14 +432,12 @@ def _read_meta(state: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         meta = json.loads(bytes(state["meta"].cpu().numpy()).decode())
         known = meta["format"], meta["version"]
+        if known == (FORMAT, VERSION) and not (meta.keys() >= _META and "loss_sum" in state):
+            raise KeyError
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
-        raise DualpruneError(
-            "expected the dict that Pruner.state_dict() returned; its 'meta' is missing or damaged"
-        ) from None
+        raise DualpruneError("expected the dict that Pruner.state_dict() returned; its 'meta' is missing or damaged") from None
     if known != (FORMAT, VERSION):
-        raise DualpruneError(
-            f"expected a state of format {FORMAT} version {VERSION}, got {known[0]} version {known[1]}"
-        )
+        raise DualpruneError(f"expected a state of format {FORMAT} version {VERSION}, got {known[0]} version {known[1]}")
     return meta
 
 

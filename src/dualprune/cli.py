@@ -1,0 +1,231 @@
+"""The command line; no logic. Nothing heavy is imported before a command runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dualprune.errors import DualpruneError
+
+if TYPE_CHECKING:
+    from dualprune.progress import Progress
+    from dualprune.recipe import Recipe
+
+app = typer.Typer(
+    help="Make trained PyTorch models many times smaller: SLR, ADMM and magnitude pruning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML); docs/recipes.md has every key.")]
+Out = Annotated[Path, typer.Option(help="Folder for results; a run lies in OUT/<recipe>/<method>-seed<seed>.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.epochs=2.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start again instead of continuing or reusing what is there.")]
+Split = Annotated[str, typer.Option(help="Measure on 'test', or on 'validation' held out of training.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU if there is one by default.")]
+Methods = Annotated[str | None, typer.Option(help="Comma-separated labels of the recipe's methods; all by default.")]
+Seeds = Annotated[str | None, typer.Option(help="Comma-separated seeds; the recipe's by default.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/demo"),
+    fresh: Fresh = False,
+) -> None:
+    """Prune a small network on embedded real data by every method, in under three minutes."""
+    from dualprune.compare import compare as run_all
+    from dualprune.recipe import parse_recipe
+
+    text = resources.files("dualprune").joinpath("recipes/digits-demo.toml").read_text(encoding="utf-8")
+    table = run_all(parse_recipe(text), folder=out, resume=not fresh, progress=_progress(), device="cpu")
+    _show_comparison(table, out)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    method: Annotated[str | None, typer.Option(help="A label of the recipe's methods; the first by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the data's order; the recipe's by default.")] = None,
+    out: Out = Path("runs"),
+    split: Split = "test",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which layers get what, and stop.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
+    fresh: Fresh = False,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Prune one model by one method; broken off, the same command continues."""
+    loaded = _load(recipe, set_)
+    label = method or next(iter(loaded.methods))
+    loaded.method(label)
+    from dualprune import train
+
+    if dry_run:
+        print(train.dry_run(loaded, label))
+        return
+    command = _command("run", recipe, f"--method {label} --seed {loaded.seed if seed is None else seed}", set_, split)
+    settings: dict[str, Any] = {
+        "out": out,
+        "split": split,
+        "resume": not fresh,
+        "progress": _progress(),
+        "command": command,
+    }
+    result = train.run(loaded, label, seed=seed, tensorboard=tensorboard, device=device, **settings)
+    place = out / loaded.name / f"{label}-seed{result['seed']}"
+    retrained = "" if result["retrained"] is None else f", retrained {result['retrained']:.2f} %"
+    size = f"{result['rate']:.2f}× in {result['total']:,} weights"
+    print(f"{label}: dense {result['dense']:.2f} %, cut {result['cut']:.2f} %{retrained}, {size}")
+    print(f"report: {place / 'report.html'}   weights: {place / 'pruned.safetensors'}")
+
+
+@app.command()
+def compare(
+    recipe: RecipeFile,
+    methods: Methods = None,
+    seeds: Seeds = None,
+    out: Out = Path("runs"),
+    split: Split = "test",
+    tuned: Annotated[bool, typer.Option("--tuned", help="Learning rates chosen by 'dualprune tune'.")] = False,
+    unequal: Annotated[bool, typer.Option("--unequal", help="Allow different numbers of epochs.")] = False,
+    fresh: Fresh = False,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Run methods at one budget and several seeds, and print one table."""
+    loaded = _load(recipe, set_)
+    from dualprune.compare import compare as run_all
+
+    settings: dict[str, Any] = {
+        "out": out,
+        "split": split,
+        "tuned": tuned,
+        "unequal": unequal,
+        "resume": not fresh,
+        "device": device,
+    }
+    table = run_all(loaded, _words(methods), _numbers(seeds, "--seeds", int), progress=_progress(), **settings)
+    _show_comparison(table, out / loaded.name)
+
+
+@app.command()
+def tune(
+    recipe: RecipeFile,
+    lr: Annotated[str, typer.Option(help="Comma-separated learning rates, the same for every method.")],
+    methods: Methods = None,
+    seeds: Seeds = None,
+    out: Out = Path("runs"),
+    fresh: Fresh = False,
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Choose each method's learning rate on a validation split held out of training."""
+    loaded = _load(recipe, set_)
+    from rich.console import Console
+
+    from dualprune.compare import tune as choose
+    from dualprune.compare import tuning_table
+
+    grid = _numbers(lr, "--lr", float)
+    settings: dict[str, Any] = {"out": out, "resume": not fresh, "progress": _progress(), "device": device}
+    table = choose(loaded, _words(methods), grid or (), _numbers(seeds, "--seeds", int), **settings)
+    Console().print(tuning_table(table))
+    print(f"written to {out / loaded.name / 'tune.json'}; use it with: dualprune compare {recipe} --tuned")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a recipe's with compare.json.")],
+) -> None:
+    """Write the HTML page of a run or of a comparison again."""
+    from dualprune.report import render_comparison, render_run
+
+    if not folder.is_dir():
+        raise DualpruneError(f"no run folder {str(folder)!r}; it is the folder that 'dualprune run' printed")
+    print((render_comparison if (folder / "compare.json").exists() else render_run)(folder))
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeFile,
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A sparse or dense safetensors file.")],
+    device: Device = None,
+    set_: Set = None,
+) -> None:
+    """Measure a weights file on the recipe's test set."""
+    loaded = _load(recipe, set_)
+    if not weights.is_file():
+        raise DualpruneError(f"no weights file {str(weights)!r}")
+    from dualprune.train import evaluate as measure
+
+    found = measure(loaded, weights, device=device)
+    print(found["report"])
+    print(f"accuracy {found['accuracy']:.2f} %")
+    print(f"kept     {found['kept']:,} of {found['total']:,} weights ({found['rate']:.2f}×)")
+    print(f"bytes    {found['bytes']:,}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 the run failed, 2 wrong input, 130 interrupted."""
+    try:
+        app(args=arguments, prog_name="dualprune")
+    except DualpruneError as error:
+        print(f"{_name(error)}: {error}", file=sys.stderr)
+        sys.exit(_exit_code(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _exit_code(error: DualpruneError) -> int:
+    # the types live in a module that imports torch: if it was never imported, the error is none of them
+    train = sys.modules.get("dualprune.train")
+    if train is None:
+        return 2
+    return 130 if isinstance(error, train.Interrupted) else 1 if isinstance(error, train.RunError) else 2
+
+
+def _name(error: DualpruneError) -> str:
+    return "stopped" if _exit_code(error) == 130 else "error"
+
+
+def _load(path: Path, overrides: list[str] | None) -> Recipe:
+    from dualprune.recipe import load_recipe
+
+    return load_recipe(path, overrides or ())
+
+
+def _progress() -> Progress:
+    from dualprune.progress import Bars, Lines
+
+    return Bars() if sys.stdout.isatty() else Lines()
+
+
+def _command(name: str, recipe: Path, rest: str, overrides: list[str] | None, split: str) -> str:
+    parts = [f"dualprune {name} {recipe} {rest}", *[f"--set {override}" for override in overrides or ()]]
+    return " ".join([*parts, *([f"--split {split}"] if split != "test" else [])])
+
+
+def _show_comparison(table: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+
+    from dualprune.compare import comparison_table
+
+    Console().print(comparison_table(table))
+    print(f"report: {folder / 'compare.html'}   numbers: {folder / 'compare.json'}")
+
+
+def _words(text: str | None) -> list[str] | None:
+    return [word.strip() for word in text.split(",") if word.strip()] if text is not None else None
+
+
+def _numbers(text: str | None, option: str, kind: type) -> list[Any] | None:
+    try:
+        return [kind(word) for word in _words(text) or ()] or None
+    except ValueError:
+        raise DualpruneError(f"{option} takes comma-separated numbers, got {text!r}") from None

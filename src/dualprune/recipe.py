@@ -1,0 +1,444 @@
+"""Recipes: typed TOML files that say which model, data, training, budget and methods to run.
+
+An unknown key is an error with a suggestion and its position (``[training] epoch``); an impossible value is explained.
+Importing this module does not import torch; methods and patterns are built, and so checked, by `load_recipe`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from dualprune.errors import DualpruneError, suggest
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+class ModelTable(_Table):
+    """``[model]``: which network, and its starting weights."""
+
+    name: str
+    weights: str | None = None
+    pretrained: bool = False
+    options: dict[str, Any] = {}
+
+
+class DataTable(_Table):
+    """``[data]``: which images; `validation` is the fraction of them that ``--split validation`` holds out."""
+
+    name: str
+    root: str | None = None
+    augment: bool | Literal["none", "flip", "crop-flip", "shift"] = True
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    options: dict[str, Any] = {}
+
+
+class OptimizerTable(_Table):
+    """What ``[training]`` and ``[dense]`` share: the optimizer, the learning rate and its course."""
+
+    epochs: Count
+    lr: Positive
+    batch_size: Count = 128
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegative = 1e-4
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    warmup_epochs: NonNegative = 0.0
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5, 0.75]
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    clip_norm: Positive | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _momentum_for_nesterov(self) -> OptimizerTable:
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs optimizer = 'sgd' and a momentum above 0")
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} leaves nothing of {self.epochs} epochs")
+        return self
+
+    def lr_at(self, step: int, total: int, steps_per_epoch: int, peak: float | None = None) -> float:
+        """Learning rate of 0-based `step` of `total`, a pure function of it: linear warm-up, then the schedule."""
+        peak = self.lr if peak is None else peak
+        warmup = round(self.warmup_epochs * steps_per_epoch)
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, total - warmup)
+        if self.schedule == "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))
+        passed = sum(progress >= milestone for milestone in self.milestones) if self.schedule == "step" else 0
+        return peak * self.gamma**passed
+
+
+class TrainingTable(OptimizerTable):
+    """``[training]``: the epochs in which the model is pruned; the same budget for every method."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    checkpoint_minutes: Positive = 5.0
+
+
+class DenseTable(OptimizerTable):
+    """``[dense]``: train the dense model first, once for all methods and seeds of the recipe."""
+
+
+class LayerTable(_Table):
+    """One entry of ``[prune.patterns]``: a pattern, a sparsity, or both."""
+
+    pattern: str | None = None
+    sparsity: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"pattern": value}
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"sparsity": value}
+        if not isinstance(value, Mapping | LayerTable):
+            raise ValueError(f'expected a pattern ("2:4"), a sparsity (0.9) or a table of both, got {value!r}')
+        if isinstance(value, Mapping) and not value:
+            raise ValueError("an empty table says nothing; give a pattern, a sparsity, or both")
+        return value
+
+    @field_validator("sparsity")
+    @classmethod
+    def _fraction(cls, value: float | None) -> float | None:
+        return value if value is None else _check_sparsity(value)
+
+
+class PruneTable(_Table):
+    """``[prune]``: how many weights go, from where, and what happens right after the cut."""
+
+    rate: float | None = None
+    sparsity: float | None = None
+    budget: Literal["uniform", "erk", "global"] = "uniform"
+    patterns: dict[str, LayerTable] = {}
+    ignore: list[str] | None = None
+    calibrate: Annotated[int, Field(ge=0)] = 4096
+    retrain_epochs: Annotated[int, Field(ge=0)] = 0
+    retrain_lr: Positive | None = None
+
+    @field_validator("rate")
+    @classmethod
+    def _factor(cls, value: float | None) -> float | None:
+        if value is not None and not 1 <= value < math.inf:
+            hint = f"; did you mean sparsity = {value:g}?" if 0 < value < 1 else ""
+            raise ValueError(f"rate says how many times fewer weights, a number from 1 up, got {value:g}{hint}")
+        return value
+
+    @field_validator("sparsity")
+    @classmethod
+    def _fraction(cls, value: float | None) -> float | None:
+        return value if value is None else _check_sparsity(value)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PruneTable:
+        if self.rate is not None and self.sparsity is not None:
+            raise ValueError(f"give rate ({self.rate:g}) or sparsity ({self.sparsity:g}), not both")
+        if self.rate is None and self.sparsity is None and not self.patterns:
+            raise ValueError("nothing says how much to prune; give rate = 10, sparsity = 0.9 or [prune.patterns]")
+        return self
+
+
+class MethodTable(BaseModel):
+    """``[methods.NAME]``: a solver, its overridden fields, and this method's own lr, epochs and update period."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: Literal["slr", "admm", "gradual", "oneshot"]
+    base: Literal["default", "paper"] = "default"
+    lr: Positive | None = None
+    epochs: Count | None = None
+    updates_per_epoch: Positive | None = None
+
+    def build(self) -> Any:
+        """The solver: its defaults or the paper's constants, with the table's other keys as fields.
+
+        Raises:
+            DualpruneError: a key is no field of the solver, or a value is impossible.
+        """
+        from dualprune import solvers
+
+        kinds: dict[str, Any] = {
+            "slr": solvers.SLR,
+            "admm": solvers.ADMM,
+            "gradual": solvers.GradualMagnitude,
+            "oneshot": solvers.Magnitude,
+        }
+        solver = kinds[self.kind]
+        if self.base == "paper" and not hasattr(solver, "paper"):
+            raise DualpruneError(f"base = 'paper' is for slr and admm; {self.kind!r} has no constants of a paper")
+        given = dict(self.model_extra or {})
+        known = {field.name for field in fields(solver) if field.init}
+        for key in given:
+            if key not in known:
+                own = [*type(self).model_fields, *sorted(known)]
+                raise DualpruneError(f"unknown key {key!r}{suggest(key, own)}; {self.kind!r} takes {', '.join(own)}")
+        built = solver.paper() if self.base == "paper" else solver()
+        try:
+            return replace(built, **{key: _field(key, value) for key, value in given.items()})
+        except TypeError as error:
+            raise DualpruneError(f"a value in {given} has the wrong type: {error}") from error
+
+
+class Recipe(_Table):
+    """A whole recipe; see docs/recipes.md for every key."""
+
+    name: Label
+    description: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelTable
+    data: DataTable
+    training: TrainingTable
+    prune: PruneTable
+    methods: dict[Label, MethodTable] = Field(min_length=1)
+    dense: DenseTable | None = None
+    paper: dict[str, Any] = {}
+    _source: Path | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> Path | None:
+        """The file this recipe was read from, as the user wrote it."""
+        return self._source
+
+    def method(self, label: str) -> MethodTable:
+        """The table ``[methods.LABEL]``; an unknown label is an error with a suggestion."""
+        if label not in self.methods:
+            hint = f"{suggest(label, self.methods)}; it has {', '.join(self.methods)}"
+            raise DualpruneError(f"recipe {self.name!r} has no method {label!r}{hint}")
+        return self.methods[label]
+
+    def epochs(self, label: str) -> int:
+        """Training epochs of a method: its own, or the recipe's; a one-shot cut trains for none."""
+        method = self.method(label)
+        return 0 if method.kind == "oneshot" else method.epochs or self.training.epochs
+
+    def lr(self, label: str) -> float:
+        """Peak learning rate of a method: its own, or the recipe's."""
+        return self.method(label).lr or self.training.lr
+
+    def with_lr(self, label: str, lr: float) -> Recipe:
+        """This recipe with another peak learning rate for one method."""
+        return self._with(methods={**self.methods, label: self.method(label).model_copy(update={"lr": lr})})
+
+    def _with(self, **changes: Any) -> Recipe:
+        changed = self.model_copy(update=changes)
+        changed._source = self._source
+        return changed
+
+    def patterns(self) -> dict[str, Any] | None:
+        """``[prune.patterns]`` as `dualprune.attach` takes it: glob → pattern, sparsity, or (pattern, sparsity)."""
+        from dualprune.patterns import parse_pattern
+
+        def value(layer: LayerTable) -> Any:
+            if layer.pattern is None:
+                return layer.sparsity
+            pattern = parse_pattern(layer.pattern)
+            return pattern if layer.sparsity is None else (pattern, layer.sparsity)
+
+        return {glob: value(layer) for glob, layer in self.prune.patterns.items()} or None
+
+    def weights_path(self) -> Path | None:
+        """``[model] weights``, looked for beside the recipe, in the current folder and in ``$DUALPRUNE_WEIGHTS``.
+
+        Raises:
+            DualpruneError: it is in none of them; the message lists where it was looked for.
+        """
+        if self.model.weights is None:
+            return None
+        given = Path(self.model.weights).expanduser()
+        roots = [self._source.parent if self._source else None, Path(), os.environ.get("DUALPRUNE_WEIGHTS")]
+        tried = list(dict.fromkeys(Path(root) / given for root in roots if root is not None))
+        for path in tried:
+            if path.is_file():
+                return path
+        places = ", ".join(map(str, tried))
+        raise DualpruneError(
+            f"[model] weights: no file {self.model.weights!r} (looked at {places}); "
+            "put it there, or set DUALPRUNE_WEIGHTS to the folder that holds it"
+        )
+
+    def fingerprint(self, label: str, seed: int, split: str) -> str:
+        """SHA-256 of all that decides a run's numbers; other methods' tables, paths and the paper's numbers do not."""
+        table = self.model_dump(mode="json", exclude={"paper", "methods", "description"})
+        del table["data"]["root"], table["training"]["checkpoint_minutes"]
+        table |= {"label": label, "method": self.method(label).model_dump(mode="json")}
+        table |= {"run_seed": seed, "split": split}
+        return digest(table)
+
+    def to_toml(self) -> str:
+        """The recipe as TOML that `load_recipe` reads back to an equal one; keys that are None are left out."""
+        return dump_toml(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override (``training.epochs=2``) and check a recipe, methods and patterns included.
+
+    Raises:
+        DualpruneError: no such file, not TOML, an unknown key or an impossible value; the message has the position.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = suggest(path.name, [other.name for other in path.parent.glob("*.toml")])
+        raise DualpruneError(f"no recipe {str(path)!r}{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DualpruneError(f"cannot read the recipe {str(path)!r}: {error}") from error
+    return parse_recipe(text, overrides, source=path)
+
+
+def parse_recipe(text: str, overrides: Iterable[str] = (), source: Path | None = None) -> Recipe:
+    """`load_recipe` on text; `source` is the file it came from, for messages and relative paths."""
+    where = str(source) if source else "the recipe"
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise DualpruneError(f"{where} is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(table, override)
+    try:
+        recipe = Recipe.model_validate(table)
+    except ValidationError as error:
+        lines = [_explain(one) for one in error.errors()]
+        raise DualpruneError(f"{where}: " + "\n  ".join(dict.fromkeys(lines))) from None
+    recipe._source = source
+    for label, method in recipe.methods.items():
+        _at(f"{where}: [methods.{label}]", method.build)
+    _at(f"{where}: [prune.patterns]", recipe.patterns)
+    return recipe
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def dump_toml(table: Mapping[str, Any], prefix: str = "") -> str:
+    """Write nested mappings, lists, strings, numbers and booleans as TOML."""
+    lines = [f"{_key(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            name = f"{prefix}{_key(key)}"
+            lines += ["", f"[{name}]", dump_toml(value, f"{name}.").rstrip("\n")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n") + "\n"
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(key)} = {_value(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    # a JSON string is a TOML string but for DEL, which TOML wants escaped
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _check_sparsity(value: float) -> float:
+    if 0 <= value <= 1:
+        return value
+    hint = f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
+    raise ValueError(f"sparsity is a fraction in [0, 1], got {value:g}{hint}")
+
+
+def _field(key: str, value: Any) -> Any:
+    """``{start, end, over}`` → a geometric schedule; "none" → None, which TOML cannot say; anything else as it is."""
+    if value == "none":
+        return None
+    if not isinstance(value, Mapping):
+        return value
+    from dualprune.schedules import Geometric
+
+    known = [field.name for field in fields(Geometric)]
+    for name in value:
+        if name not in known:
+            raise DualpruneError(f"{key}: unknown key {name!r}{suggest(name, known)}; it takes {', '.join(known)}")
+    try:
+        return Geometric(**value)
+    except TypeError:
+        example = "{ start = 0.01, end = 1.0, over = 0.8 }"
+        raise DualpruneError(f"{key}: a schedule is {example}, got {dict(value)}") from None
+
+
+def _at(where: str, build: Any) -> None:
+    try:
+        build()
+    except DualpruneError as error:
+        raise DualpruneError(f"{where} {error}") from error
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    """Set ``a.b.c=value`` in a nested table; the value is TOML, or a bare string."""
+    path, equals, text = override.partition("=")
+    *parents, last = [part.strip() for part in path.split(".")]
+    if not equals or not last:
+        raise DualpruneError(f"--set takes key=value, as in training.epochs=2; got {override!r}")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise DualpruneError(f"--set {override}: {parent!r} is a value, not a table")
+    try:
+        table[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = text.strip()
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """One line of a pydantic error: where, what came, what was expected, the nearest name."""
+    *tables, last = [str(part) for part in error["loc"]] or [""]
+    where = f"[{'.'.join(tables)}] {last}" if tables else last
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known_keys(tables)
+        return f"{where}: unknown key{suggest(last, known)}; known are {', '.join(known)}"
+    if kind == "missing":
+        missing_table = not tables and last in ("model", "data", "training", "prune", "methods")
+        return f"the table [{last}] is missing" if missing_table else f"{where}: missing"
+    if kind == "literal_error":
+        choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{where}: {error['input']!r} is not one of {', '.join(choices)}{suggest(str(error['input']), choices)}"
+    if kind == "value_error":
+        # a table's own check reports the table: [prune], not "prune"
+        own = f"[{'.'.join([*tables, last])}]" if isinstance(error["input"], Mapping) else where
+        return f"{own}: {context['error']}"
+    return f"{where}: {_lower(error['msg'])}, got {error['input']!r}"
+
+
+def _known_keys(tables: Sequence[str]) -> list[str]:
+    """The keys of the table at `tables`, for suggestions."""
+    homes: dict[str, type[BaseModel]] = {
+        "model": ModelTable, "data": DataTable, "training": TrainingTable, "dense": DenseTable, "prune": PruneTable
+    }  # fmt: skip
+    if not tables:
+        return list(Recipe.model_fields)
+    home = LayerTable if tables[:2] == ["prune", "patterns"] else homes.get(tables[0])
+    return list(home.model_fields) if home else []
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]

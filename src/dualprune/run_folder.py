@@ -1,0 +1,141 @@
+"""A run's folder: made, checked, written and wiped. Every file in it is either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import dualprune
+from dualprune.errors import DualpruneError, FormatError
+from dualprune.files import atomic_write
+
+CHECKPOINT_VERSION = 1
+HEATMAP_SIDE = 256
+
+
+class RunError(DualpruneError):
+    """A run that began could not go on: a diverged loss, a full disk. Its last good checkpoint is kept."""
+
+
+def make_folder(place: Path) -> None:
+    """Create the run folder and prove that it can be written, before any time is spent."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with atomic_write(place / ".writable") as temporary:
+            temporary.write_bytes(b"ok")
+        (place / ".writable").unlink()
+    except OSError as error:
+        reason = f"{error.strerror or error}; choose another with --out"
+        raise DualpruneError(f"cannot write the run folder {str(place)!r}: {reason}") from error
+
+
+def earlier_result(place: Path, identity: str) -> dict[str, Any] | None:
+    """The result of a finished run of the same settings; other settings in the folder are an error."""
+    result = place / "result.json"
+    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+    state = None if found else read_checkpoint(place / "checkpoint.pt")
+    there = found["recipe_sha256"] if found else state["identity"] if state else identity
+    if there != identity:
+        raise DualpruneError(
+            f"{str(place)!r} holds a run of other settings (hash {there[:12]}, this recipe has {identity[:12]}); "
+            "choose another --out, or --fresh to start again"
+        )
+    return found
+
+
+def wipe(place: Path) -> None:
+    """Forget an earlier run; result.json goes first, so that a half-wiped folder is not taken for finished."""
+    names = ("result.json", "report.html", "checkpoint.pt", "history.jsonl", "epochs.jsonl", "pruned.safetensors")
+    for name in (*names, "heatmaps.safetensors", "recipe.toml"):
+        (place / name).unlink(missing_ok=True)
+
+
+def what_is_kept(checkpoint: Path) -> str:
+    """Say whether a checkpoint survives, for error messages."""
+    if checkpoint.exists():
+        return f"the last good checkpoint is kept ({checkpoint})"
+    return "nothing was saved yet"
+
+
+@contextmanager
+def saving(place: Path) -> Iterator[None]:
+    """Turn what Python, torch and safetensors raise for a full disk or a lost folder into one clear error."""
+    try:
+        yield
+    except Exception as error:
+        torch_failed = isinstance(error, RuntimeError) and "inline_container" in str(error)
+        if not (isinstance(error, OSError | SafetensorError) or torch_failed):
+            raise
+        reason = getattr(error, "strerror", None) or "the file was not written whole; is the disk full?"
+        raise RunError(f"cannot write to {str(place)!r}: {reason}; {what_is_kept(place / 'checkpoint.pt')}") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The checkpoint at `path`, or None if there is none.
+
+    Raises:
+        FormatError: it is damaged, or of another version.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        version = state["version"]
+    except Exception as error:  # what torch raises for a damaged file has many types
+        raise FormatError(f"the checkpoint {path} cannot be read ({error}); start again with --fresh") from error
+    if version != CHECKPOINT_VERSION:
+        versions = f"version {version}, this dualprune reads {CHECKPOINT_VERSION}"
+        raise FormatError(f"the checkpoint {path} has {versions}; start again with --fresh")
+    return state
+
+
+def write_heatmaps(path: Path, layers: list[dict[str, Any]], before: dict[str, Tensor], model: nn.Module) -> None:
+    """The first and the last pruned layer as matrices, before and after; large ones by their top left corner."""
+
+    def matrix(weight: Tensor) -> Tensor:
+        return weight.detach().float().cpu().flatten(1)[:HEATMAP_SIDE, :HEATMAP_SIDE].contiguous()
+
+    sources: dict[str, Mapping[str, Tensor]] = {"before": before, "after": dict(model.named_parameters())}
+    names = dict.fromkeys(layer["name"] for layer in layers[:1] + layers[-1:])
+    maps = {f"{when}.{name}": matrix(weights[name]) for name in names for when, weights in sources.items()}
+    with atomic_write(path) as temporary:
+        save_file(maps, temporary)
+
+
+def render(place: Path) -> None:
+    """The HTML report, unless it is there."""
+    if not (place / "report.html").exists():
+        from dualprune.report import render_run
+
+        render_run(place)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the numbers."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "dualprune": dualprune.__version__}
+
+
+def device_name(device: torch.device) -> str:
+    """Name the GPU, or the kind of processor and the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak in MiB: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # kilobytes, but bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,33 @@
+"""Image classification: models by name, small data sets in memory, image folders, and accuracy."""
+
+from dualprune.tasks.classification.data import (
+    ArrayDataset,
+    DataNotFoundError,
+    FolderDataset,
+    ImageData,
+    calibration_batches,
+    eval_batches,
+    load_data,
+    split_validation,
+    steps_per_epoch,
+    train_batches,
+)
+from dualprune.tasks.classification.metrics import accuracy
+from dualprune.tasks.classification.models import build_model, load_weights, model_names
+
+__all__ = [
+    "ArrayDataset",
+    "DataNotFoundError",
+    "FolderDataset",
+    "ImageData",
+    "accuracy",
+    "build_model",
+    "calibration_batches",
+    "eval_batches",
+    "load_data",
+    "load_weights",
+    "model_names",
+    "split_validation",
+    "steps_per_epoch",
+    "train_batches",
+]

@@ -1,0 +1,74 @@
+"""Top-k accuracy in percent, with the model left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from dualprune.errors import DualpruneError, suggest
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def accuracy(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, precision: str | None = None, topk: int = 1
+) -> float:
+    """Percentage of images whose label is among the `topk` highest scores; a row with a NaN score counts as wrong.
+
+    Args:
+        model: returns scores of shape (images, classes). Runs in eval mode; every module's own mode comes back.
+        batches: (images, labels) on the model's device, labels int64 of shape (images,).
+        precision: "float32", "bfloat16" or "float16" through autocast; None keeps the autocast in force.
+        topk: how many guesses an image has.
+
+    Raises:
+        DualpruneError: there is no image, or the scores do not fit the labels or `topk`.
+    """
+    correct: Tensor | int = 0
+    total = 0
+    with torch.inference_mode(), _evaluating(model):
+        for x, y in batches:
+            with _autocast(precision, x.device.type):
+                scores = model(x)
+            correct = correct + _hits(scores, y, topk)
+            total += len(y)
+    if not total:
+        raise DualpruneError("accuracy needs at least one image, got none; was the iterator used up before?")
+    return 100 * int(correct) / total
+
+
+def _hits(scores: Tensor, y: Tensor, topk: int) -> Tensor:
+    """How many rows are right, left on the device."""
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(y):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise DualpruneError(f"the model should return scores of shape ({len(y)}, classes), got {got}")
+    if not 1 <= topk <= scores.shape[1]:
+        raise DualpruneError(f"topk is 1 to the number of classes ({scores.shape[1]}), got {topk}")
+    guesses = scores.topk(topk, dim=1).indices
+    return ((guesses == y[:, None]).any(1) & ~scores.isnan().any(1)).sum()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _autocast(precision: str | None, device: str) -> AbstractContextManager[object]:
+    if precision is None:
+        return nullcontext()
+    if precision not in PRECISIONS:
+        near = suggest(precision, PRECISIONS)
+        raise DualpruneError(f"precision is one of {', '.join(PRECISIONS)}, got {precision!r}{near}")
+    dtype = PRECISIONS[precision]
+    if dtype is torch.float32:
+        return torch.autocast(device, enabled=False)
+    return torch.autocast(device, dtype)

@@ -1,0 +1,646 @@
+"""The reference loop that recipes run on; the library never needs it.
+
+Killed at any instant and started again with the same command, a run ends with the same weights, masks and history, bit
+for bit, as one that was not: the order of the data, its augmentation and the learning rate are functions of (seed,
+epoch, step), and everything else that changes is in one checkpoint that is either whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import dualprune
+from dualprune.errors import DualpruneError, NonFiniteError
+from dualprune.files import atomic_write, write_json, write_jsonl, write_text
+from dualprune.progress import Progress, Silent
+from dualprune.recipe import OptimizerTable, Recipe, digest
+from dualprune.run_folder import (
+    CHECKPOINT_VERSION,
+    RunError,
+    device_name,
+    earlier_result,
+    make_folder,
+    peak_memory,
+    read_checkpoint,
+    render,
+    saving,
+    versions,
+    what_is_kept,
+    wipe,
+    write_heatmaps,
+)
+from dualprune.tasks.classification import data as images
+from dualprune.tasks.classification.metrics import accuracy
+from dualprune.tasks.classification.models import build_model, load_weights
+
+
+class Interrupted(DualpruneError):
+    """Ctrl-C: the step in progress was finished and the run saved; the same command continues it."""
+
+
+def run(
+    recipe: Recipe,
+    label: str,
+    *,
+    seed: int | None = None,
+    out: str | Path = "runs",
+    folder: str | Path | None = None,
+    split: str = "test",
+    resume: bool = True,
+    progress: Progress | None = None,
+    tensorboard: bool = False,
+    device: str | torch.device | None = None,
+    command: str | None = None,
+    dense_folder: str | Path | None = None,
+) -> dict[str, Any]:
+    """Prune the recipe's model by one method with one seed; a finished run is not redone, a broken one goes on.
+
+    Args:
+        recipe: What to run.
+        label: The method's name in the recipe.
+        seed: Seeds the order of the data and its augmentation; the recipe's seed if None.
+        out: The run lies in ``out/<recipe.name>/<label>-seed<seed>``.
+        folder: The recipe's folder, in place of ``out/<recipe.name>``.
+        split: ``"test"``, or ``"validation"``: train without a held-out part of the training images and measure on it.
+        resume: Continue or reuse what is in the folder; False starts again.
+        progress: Told about steps and epochs.
+        tensorboard: Also write TensorBoard events into the run folder.
+        device: Where to compute; a GPU if there is one by default.
+        command: What result.json says made it.
+        dense_folder: Where a model of ``[dense]`` is kept for other runs; the recipe's folder by default.
+
+    Returns:
+        The contents of result.json.
+
+    Raises:
+        DualpruneError: the recipe cannot be run here, or the folder holds another run.
+        RunError: the run stopped; the message says where, and what is kept.
+        Interrupted: Ctrl-C.
+    """
+    seed = recipe.seed if seed is None else seed
+    root = Path(folder) if folder is not None else Path(out) / recipe.name
+    place = root / f"{label}-seed{seed}"
+    identity = recipe.fingerprint(label, seed, split)
+    make_folder(place)
+    if not resume:
+        wipe(place)
+    finished = earlier_result(place, identity)
+    if finished is not None:
+        render(place)
+        return finished
+    cache = Path(dense_folder) if dense_folder is not None else root
+    job = _Job(recipe, label, seed, split, cache, place, identity, progress or Silent(), pick_device(device), command)
+    if job.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(job.device)
+    with _reproducible(job.device):
+        return _run(job, tensorboard)
+
+
+def dry_run(recipe: Recipe, label: str) -> str:
+    """What `run` would prune: the table of layers, patterns and budgets; nothing is trained.
+
+    Where the data are not at hand, the model has its own sizes, and the text says so.
+    """
+    try:
+        data, note = _load_data(recipe), ""
+    except images.DataNotFoundError as error:
+        data, note = None, f"\n(the model has its own sizes: {error})"
+    model = _model(recipe, torch.device("cpu"), data, with_weights=recipe.model.weights is not None)
+    optimizer = _optimizer(recipe.training, model, recipe.lr(label))
+    pruner = _attach(recipe, label, model, optimizer, steps=100, epochs=recipe.epochs(label))
+    try:
+        return pruner.summary() + note
+    finally:
+        pruner.detach()
+
+
+def evaluate(recipe: Recipe, weights: str | Path, *, device: str | torch.device | None = None) -> dict[str, Any]:
+    """Measure a (sparse or dense) weights file on the recipe's test set.
+
+    Returns:
+        accuracy (%), kept and total (weights of two or more dimensions), rate, bytes (the file's), report (a table).
+    """
+    place = pick_device(device)
+    data = _load_data(recipe, device=place)
+    model = _model(recipe, place, data, with_weights=False)
+    load_weights(model, weights)
+    with _autocast(recipe, place):
+        top1 = accuracy(model, _eval_batches(recipe, data, place))
+    report = dualprune.sparsity_report(model)
+    figures = {"accuracy": top1, "kept": report.kept, "total": report.total, "rate": report.rate}
+    return {**figures, "bytes": Path(weights).stat().st_size, "report": str(report)}
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the GPU if there is one; one that is not here is an error."""
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError is torch's way to say "built without CUDA"
+        reason = str(error).splitlines()[0]
+        raise DualpruneError(f"--device: {wanted!r} cannot be used here; try cpu ({reason})") from error
+    return torch.device(wanted)
+
+
+# --- one run ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Job:
+    """What is fixed while a run goes."""
+
+    recipe: Recipe
+    label: str
+    seed: int
+    split: str
+    cache: Path
+    place: Path
+    identity: str
+    progress: Progress
+    device: torch.device
+    command: str | None
+
+
+def _run(job: _Job, tensorboard: bool) -> dict[str, Any]:
+    recipe, training = job.recipe, job.recipe.training
+    data = _load_data(recipe, job.split, job.device)
+    model = _model(recipe, job.device, data, with_weights=True)
+    if recipe.dense is not None:
+        _train_dense(job, model, data)
+    layers_before = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim > 1}
+    optimizer = _optimizer(training, model, recipe.lr(job.label))
+    spe, epochs = images.steps_per_epoch(data, training.batch_size), recipe.epochs(job.label)
+    torch.manual_seed(job.seed)
+    pruner = _attach(recipe, job.label, model, optimizer, steps=spe, epochs=epochs)
+    loop = _Loop(job, training, recipe.lr(job.label), epochs, model, optimizer, data, job.seed, job.place, job.identity)
+    loop.pruner = pruner
+    loop.writer = _tensorboard(job.place) if tensorboard else None
+    try:
+        with saving(job.place):
+            write_text(job.place / "recipe.toml", recipe.to_toml())
+        if not loop.load():
+            loop.notes["dense"] = loop.measure(exact=True)
+            job.progress.note(f"{job.label}: dense accuracy {loop.notes['dense']:.2f} %")
+        if loop.stage == "train":
+            loop.fit()
+            pruner.finish(calibrate=loop.calibration())
+            loop.notes["cut"] = loop.measure(exact=True)
+            if recipe.prune.retrain_epochs:
+                loop.begin("retrain", recipe.prune.retrain_epochs, recipe.prune.retrain_lr or loop.peak / 10)
+        if loop.stage == "retrain":
+            loop.fit()
+            loop.notes["retrained"] = loop.measure(exact=True)
+        with saving(job.place):
+            result = _write_results(job, loop, spe, layers_before)
+            render(job.place)
+        return result
+    finally:
+        job.progress.end()
+        pruner.detach()
+        if loop.writer is not None:
+            loop.writer.close()
+
+
+def _train_dense(job: _Job, model: nn.Module, data: Any) -> None:
+    """Load the recipe's dense model into `model`, training it first if no run of the same settings has."""
+    recipe, dense = job.recipe, job.recipe.dense
+    assert dense is not None
+    settings = recipe.model_dump(mode="json", include={"model", "data", "dense", "seed"})
+    precision = recipe.training.model_dump(mode="json", include={"precision", "channels_last", "compile"})
+    settings |= {"precision": precision, "split": job.split}
+    settings["data"].pop("root")
+    identity = digest(settings)
+    place = job.cache / f"dense-{identity[:12]}"
+    saved = place / "dense.safetensors"
+    if not saved.exists():
+        make_folder(place)
+        torch.manual_seed(recipe.seed)
+        optimizer = _optimizer(dense, model, dense.lr)
+        loop = _Loop(job, dense, dense.lr, dense.epochs, model, optimizer, data, recipe.seed, place, identity)
+        loop.load()
+        loop.fit("dense")
+        with saving(place), atomic_write(saved) as temporary:
+            save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
+    load_weights(model, saved)
+
+
+@dataclass
+class _Loop:
+    """Epochs of training that can stop after any step and go on from there, bit for bit."""
+
+    job: _Job
+    settings: OptimizerTable
+    peak: float
+    epochs: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: Any
+    seed: int
+    place: Path
+    identity: str
+    pruner: Any = None
+    writer: Any = None
+    # what moves, and is in the checkpoint
+    stage: str = "train"
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: dict[str, float] = field(default_factory=dict)
+    _pending: list[Tensor] = field(default_factory=list)
+    _losses_read: int = 0
+    _logged: int = 0
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.place / "checkpoint.pt"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return images.steps_per_epoch(self.data, self.settings.batch_size)
+
+    @property
+    def lr(self) -> float:
+        spe = self.steps_per_epoch
+        return self.settings.lr_at(self.epoch * spe + self.step, self.epochs * spe, spe, self.peak)
+
+    def begin(self, stage: str, epochs: int, peak: float) -> None:
+        """Start another stage on the same model, optimizer and masks."""
+        self.stage, self.epochs, self.peak, self.epoch, self.step, self.loss_sum = stage, epochs, peak, 0, 0, 0.0
+        self.save()
+
+    def fit(self, title: str | None = None) -> None:
+        """Train to the end of the stage; save at every epoch's end, every few minutes, and on Ctrl-C."""
+        title = title or f"{self.job.label} seed {self.seed}" + (" retraining" if self.stage == "retrain" else "")
+        recipe, spe, progress = self.job.recipe, self.steps_per_epoch, self.job.progress
+        # compiling the callable, not the module, keeps the state_dict's keys
+        forward = torch.compile(self.model) if recipe.training.compile else self.model
+        saved = time.monotonic()
+        progress.begin(title, self.epochs * spe, self.epoch * spe + self.step)
+        try:
+            with _interrupts() as interrupted:
+                while self.epoch < self.epochs:
+                    self.model.train()
+                    began = time.monotonic()
+                    for x, y in self._batches():
+                        self._one_step(forward, x, y)
+                        self.epoch_seconds += time.monotonic() - began
+                        if interrupted.is_set():
+                            self._stop()
+                        if time.monotonic() - saved > 60 * recipe.training.checkpoint_minutes:
+                            self.save()
+                            saved = time.monotonic()
+                        began = time.monotonic()
+                    self._end_epoch()
+                    saved = time.monotonic()
+                    if interrupted.is_set():
+                        self._stop()
+        except NonFiniteError as error:
+            raise RunError(f"{title}: {error}; {what_is_kept(self.checkpoint)}; try a lower lr, or clip_norm") from error
+        finally:
+            progress.end()
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # retraining draws its own orders, after those of the pruning epochs
+        epoch = self.epoch + (10_000 if self.stage == "retrain" else 0)
+        return images.train_batches(
+            self.data,
+            batch_size=self.settings.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            augment=self.job.recipe.data.augment,
+            start_step=self.step,
+            device=self.job.device,
+            memory_format=_memory_format(self.job.recipe),
+        )
+
+    def _one_step(self, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+        """The whole of a training step; what dualprune asks of it is `observe`, and even that is optional."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        with _autocast(self.job.recipe, self.job.device):
+            scores = forward(x)
+        loss = F.cross_entropy(scores.float(), y, label_smoothing=self.settings.label_smoothing)
+        self._note_loss(loss.detach())
+        loss.backward()
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        if self.pruner is not None:
+            self.pruner.observe(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def _note_loss(self, loss: Tensor) -> None:
+        self._pending.append(loss)
+        # reading a loss waits for the device, so a GPU's are read in bunches
+        if self.job.device.type == "cpu" or len(self._pending) >= 25:
+            self._read_losses()
+
+    def _read_losses(self) -> None:
+        """Add the pending losses to the epoch's sum; a NaN or infinite one stops the run before it is saved."""
+        if not self._pending:
+            return
+        values, first = torch.stack(self._pending).tolist(), self._losses_read + 1
+        self._pending.clear()
+        for number, value in enumerate(values, first):
+            if not math.isfinite(value):
+                raise NonFiniteError(f"the loss is {value} at step {number} of epoch {self.epoch + 1}")
+            self.loss_sum += value
+            self._losses_read = number
+            self.job.progress.step(value)
+
+    def _end_epoch(self) -> None:
+        self._read_losses()
+        cut = None if self.pruner is None else self._measure_cut()
+        row = {
+            "epoch": len(self.rows) + 1,
+            "step": len(self.rows) * self.steps_per_epoch + self.step,
+            "stage": self.stage,
+            "loss": self.loss_sum / max(1, self.step),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "accuracy": None if cut is not None else self.measure(),
+            "accuracy_cut": cut,
+            "seconds": round(self.epoch_seconds, 2),
+        }
+        self.rows.append(row)
+        self.seconds += self.epoch_seconds
+        self.epoch, self.step, self.loss_sum, self.epoch_seconds, self._losses_read = self.epoch + 1, 0, 0.0, 0.0, 0
+        self.save()
+        with saving(self.place):
+            self.write_rows()
+        self.job.progress.epoch(row)
+
+    def _measure_cut(self) -> float:
+        if self.stage == "retrain":
+            return self.measure()
+        # With split "test" this curve is for plots only: no choice is made from it, the last epoch is the result.
+        with _autocast(self.job.recipe, self.job.device), self.pruner.evaluate(calibrate=self.calibration()):
+            return self.measure()
+
+    def _stop(self) -> None:
+        self.save()
+        where = f"epoch {self.epoch + 1}, step {self.step}" if self.step else f"the end of epoch {self.epoch}"
+        raise Interrupted(f"interrupted and saved at {where} ({self.checkpoint}); the same command continues the run")
+
+    def measure(self, exact: bool = False) -> float:
+        """Top-1 accuracy in % of the model as it is, on the run's evaluation images; `exact`: in float32, as is reported."""
+        with nullcontext() if exact else _autocast(self.job.recipe, self.job.device):
+            return accuracy(self.model, _eval_batches(self.job.recipe, self.data, self.job.device))
+
+    def calibration(self) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """Batches for re-estimating batch norm, or None where the recipe wants none."""
+        recipe = self.job.recipe
+        if not recipe.prune.calibrate:
+            return None
+        place: dict[str, Any] = {"device": self.job.device, "memory_format": _memory_format(recipe)}
+        return images.calibration_batches(self.data, recipe.prune.calibrate, **place)
+
+    def write_rows(self) -> None:
+        write_jsonl(self.place / "epochs.jsonl", self.rows)
+        if self.pruner is not None:
+            write_jsonl(self.place / "history.jsonl", self.pruner.history)
+        if self.writer is not None:
+            _log(self.writer, self.rows[-1], self.pruner.history[self._logged :])
+            self._logged = len(self.pruner.history)
+
+    def save(self) -> None:
+        """Write the checkpoint; weights that are not finite are never saved over good ones."""
+        self._read_losses()
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteError(f"{name} is not finite after step {self.step} of epoch {self.epoch + 1}")
+        state = {
+            "version": CHECKPOINT_VERSION,
+            "identity": self.identity,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": self.pruner.state_dict() if self.pruner is not None else {},
+            "rng": torch.get_rng_state(),
+            "rng_device": torch.cuda.get_rng_state(self.job.device) if self.job.device.type == "cuda" else None,
+            **{name: getattr(self, name) for name in _MOVING},
+        }
+        with saving(self.place), atomic_write(self.checkpoint) as temporary:
+            torch.save(state, temporary)
+
+    def load(self) -> bool:
+        """Continue from the checkpoint in the folder, if there is one of this run."""
+        state = read_checkpoint(self.checkpoint)
+        if state is None or state["identity"] != self.identity:
+            return False
+        self.model.load_state_dict(state["model"])
+        if self.pruner is not None:
+            self.pruner.load_state_dict(state["pruner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in _MOVING:
+            setattr(self, name, state[name])
+        self._losses_read = self.step
+        torch.set_rng_state(state["rng"])
+        if self.job.device.type == "cuda" and state["rng_device"] is not None:
+            torch.cuda.set_rng_state(state["rng_device"], self.job.device)
+        self.job.progress.note(f"continuing {self.place} after epoch {self.epoch}, step {self.step}")
+        return True
+
+
+_MOVING = ("stage", "peak", "epochs", "epoch", "step", "loss_sum", "seconds", "epoch_seconds", "rows", "notes")
+
+
+def _write_results(job: _Job, loop: _Loop, spe: int, before: dict[str, Tensor]) -> dict[str, Any]:
+    """Write the run's files, result.json last: it is what says that the run is finished."""
+    recipe, pruner, place = job.recipe, loop.pruner, job.place
+    write_jsonl(place / "epochs.jsonl", loop.rows)
+    write_jsonl(place / "history.jsonl", pruner.history)
+    sparse = place / "pruned.safetensors"
+    with atomic_write(sparse) as temporary:
+        dualprune.save_sparse(loop.model, temporary)
+    layers = pruner.layers
+    write_heatmaps(place / "heatmaps.safetensors", layers, before, loop.model)
+    kept, total = (sum(layer[key] for layer in layers) for key in ("kept", "total"))
+    everything = sum(p.numel() for p in loop.model.parameters() if p.ndim > 1)
+    kept_everything = everything - total + kept
+    weights = recipe.weights_path()
+    epochs, arguments = recipe.epochs(job.label), f"--method {job.label} --seed {job.seed}"
+    result = {
+        "recipe": recipe.name,
+        "label": job.label,
+        "method": repr(recipe.method(job.label).build()),
+        "seed": job.seed,
+        "metric": "top-1 %",
+        "split": job.split,
+        "dense": loop.notes["dense"],
+        "cut": loop.notes["cut"],
+        "retrained": loop.notes.get("retrained"),
+        "kept": kept,
+        "total": total,
+        "rate": total / max(1, kept),
+        "kept_model": kept_everything,
+        "total_model": everything,
+        "rate_model": everything / max(1, kept_everything),
+        "budget": recipe.prune.budget,
+        "epochs": epochs,
+        "retrain_epochs": recipe.prune.retrain_epochs,
+        "steps": epochs * spe,
+        "updates": len(pruner.history),
+        "batch_size": recipe.training.batch_size,
+        "lr": recipe.lr(job.label) if epochs else None,
+        "seconds": round(loop.seconds, 2),
+        "peak_memory_mb": round(peak_memory(job.device), 1),
+        "versions": versions(),
+        "device": device_name(job.device),
+        "recipe_sha256": job.identity,
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights else None,
+        "command": job.command or f"dualprune run {_shown(recipe)} {arguments}",
+        "paper": recipe.paper,
+        "layers": layers,
+        "sizes": {
+            "dense_bytes": sum(t.numel() * t.element_size() for t in loop.model.state_dict().values()),
+            "sparse_bytes": sparse.stat().st_size,
+        },
+    }
+    write_json(place / "result.json", result)
+    return result
+
+
+# --- building -----------------------------------------------------------------------------------------------
+
+
+def _model(recipe: Recipe, device: torch.device, data: Any, *, with_weights: bool) -> nn.Module:
+    """Build the recipe's model for the images of `data`; None leaves it its own sizes."""
+    torch.manual_seed(recipe.seed)
+    sizes = {}
+    if data is not None:
+        sizes = {"num_classes": data.num_classes, "in_channels": data.image_shape[0], "image_size": data.image_shape[1]}
+    options: dict[str, Any] = {**sizes, **recipe.model.options}
+    model = build_model(recipe.model.name, pretrained=recipe.model.pretrained and with_weights, **options)
+    path = recipe.weights_path() if with_weights else None
+    if path is not None:
+        load_weights(model, path)
+    return model.to(device).to(memory_format=_memory_format(recipe))
+
+
+def _load_data(recipe: Recipe, split: str = "test", device: torch.device | None = None) -> Any:
+    if split not in ("test", "validation"):
+        raise DualpruneError(f"split is 'test' or 'validation', got {split!r}")
+    data: Any = images.load_data(recipe.data.name, root=recipe.data.root, **recipe.data.options)
+    if split == "validation":
+        data = images.split_validation(data, recipe.data.validation, seed=recipe.seed)
+    # small data sets live on the GPU, where their batches are made
+    on_gpu = device is not None and device.type == "cuda" and isinstance(data, images.ArrayDataset)
+    return data.to(device) if on_gpu else data
+
+
+def _eval_batches(recipe: Recipe, data: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    return images.eval_batches(data, device=device, memory_format=_memory_format(recipe))
+
+
+def _optimizer(settings: OptimizerTable, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    shared: dict[str, Any] = {"lr": lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=settings.momentum, nesterov=settings.nesterov, **shared)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer](parameters, **shared)
+
+
+def _attach(recipe: Recipe, label: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, epochs: int) -> Any:
+    """Attach the recipe's method for `epochs` of `steps` each."""
+    method, prune = recipe.method(label), recipe.prune
+    every = max(1, round(steps / method.updates_per_epoch)) if method.updates_per_epoch else None
+    return dualprune.attach(
+        model,
+        optimizer,
+        method.build(),
+        rate=prune.rate,
+        sparsity=prune.sparsity,
+        patterns=recipe.patterns(),
+        ignore=prune.ignore,
+        budget=prune.budget,
+        every=every,
+        total_steps=max(1, steps * epochs),
+    )
+
+
+def _memory_format(recipe: Recipe) -> torch.memory_format:
+    return torch.channels_last if recipe.training.channels_last else torch.contiguous_format
+
+
+def _autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bfloat16")
+
+
+def _shown(recipe: Recipe) -> str:
+    """The recipe's path as one would type it here; never where a machine keeps it."""
+    source = Path(recipe.source) if recipe.source else None
+    if source is None:
+        return recipe.name
+    return source.resolve().relative_to(Path.cwd()).as_posix() if source.resolve().is_relative_to(Path.cwd()) else source.name
+
+
+def _tensorboard(place: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise DualpruneError("TensorBoard is not installed; pip install 'dualprune[tensorboard]'") from None
+    return SummaryWriter(place / "tensorboard")
+
+
+def _log(writer: Any, row: dict[str, Any], updates: list[dict[str, Any]]) -> None:
+    for key in ("loss", "lr", "accuracy", "accuracy_cut"):
+        if row[key] is not None:
+            writer.add_scalar(f"epoch/{key}", row[key], row["step"])
+    for update in updates:
+        for key, value in update.items():
+            if isinstance(value, int | float) and key not in ("step", "update"):
+                writer.add_scalar(f"update/{key}", value, update["step"])
+    writer.flush()
+
+
+# --- signals and the random state -----------------------------------------------------------------------
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets; a second Ctrl-C interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    earlier = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """Deterministic convolutions and a private random state; the caller's come back afterwards."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    devices = [device] if device.type == "cuda" else []
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before

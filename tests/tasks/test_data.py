@@ -1,0 +1,538 @@
+import gzip
+import hashlib
+import os
+import pickle
+import re
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from dualprune.errors import DualpruneError, FormatError
+from dualprune.tasks.classification import data as images
+from dualprune.tasks.classification.data import (
+    ArrayDataset,
+    DataNotFoundError,
+    calibration_batches,
+    eval_batches,
+    load_data,
+    split_validation,
+    steps_per_epoch,
+    train_batches,
+)
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def arrays(n, shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, *shape), dtype=np.uint8), (np.arange(n) % 10).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """100 training and 30 test images of 3×32×32; the first pixel of a training image is its number."""
+    x, y = arrays(130, (3, 32, 32))
+    x, y = torch.from_numpy(x), torch.from_numpy(y).long()
+    x[:100, 0, 0, 0] = torch.arange(100, dtype=torch.uint8)
+    return ArrayDataset("toy", x[:100], y[:100], x[100:], y[100:], 10, MEAN, STD, "crop-flip")
+
+
+def numbers(batches):
+    """Which training images are in unaugmented batches."""
+    return torch.cat([(x[:, 0, 0, 0] * STD[0] + MEAN[0]) * 255 for x, _ in batches]).round().int().tolist()
+
+
+def equal(a, b):
+    a, b = list(a), list(b)
+    pairs = zip(a, b, strict=False)
+    return len(a) == len(b) and all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in pairs)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No data set of this machine is seen by accident."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DUALPRUNE_DATA", raising=False)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "crop-flip", "shift"])
+def test_an_epoch_can_be_entered_anywhere(toy, augment):
+    whole = list(train_batches(toy, batch_size=16, seed=3, epoch=2, augment=augment))
+    assert len(whole) == 6 == steps_per_epoch(toy, 16)
+    torch.rand(7)  # the global generator has no say
+    for start in (0, 1, 5, 6):
+        rest = train_batches(toy, batch_size=16, seed=3, epoch=2, augment=augment, start_step=start)
+        assert equal(rest, whole[start:])
+
+
+@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+def test_the_global_random_state_is_left_alone(toy, augment):
+    before = torch.get_rng_state()
+    list(train_batches(toy, batch_size=16, seed=0, epoch=0, augment=augment))
+    list(calibration_batches(toy, 50))
+    split_validation(toy, 0.2, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_each_image_comes_once_in_an_order_of_its_own(toy):
+    def order(seed, epoch):
+        return numbers(train_batches(toy, batch_size=10, seed=seed, epoch=epoch))
+
+    orders = [order(0, 0), order(0, 1), order(1, 0)]
+    assert all(sorted(o) == list(range(100)) for o in orders)
+    assert len({tuple(o) for o in orders}) == 3
+
+
+def test_left_over_images_are_dropped_and_labels_belong(toy):
+    batches = list(train_batches(toy, batch_size=30, seed=0, epoch=0))
+    assert [len(x) for x, _ in batches] == [30, 30, 30]
+    assert torch.equal(torch.cat([y for _, y in batches]), torch.tensor(numbers(batches)) % 10)
+
+
+def test_images_are_normalised_float32(toy):
+    (x, y), *_ = eval_batches(toy, batch_size=30)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    torch.testing.assert_close(x, (toy.x_test / 255 - mean) / std)
+    assert x.dtype == torch.float32 and torch.equal(y, toy.y_test)
+
+
+def test_evaluation_has_all_images_in_order(toy):
+    batches = list(eval_batches(toy, batch_size=40, split="train"))
+    assert [len(x) for x, _ in batches] == [40, 40, 20]
+    assert numbers(batches) == list(range(100))
+    assert numbers(eval_batches(toy, split="train", indices=torch.tensor([5, 2]))) == [5, 2]
+
+
+def test_channels_last(toy):
+    for batches in (
+        train_batches(toy, batch_size=8, seed=0, epoch=0, augment="crop-flip", memory_format=torch.channels_last),
+        eval_batches(toy, memory_format=torch.channels_last),
+        calibration_batches(toy, memory_format=torch.channels_last),
+    ):
+        assert next(batches)[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def crops(x, reach, mirrors):
+    """Every image that the augmentation can make of a normalised one."""
+    padded = torch.nn.functional.pad(x, (reach,) * 4)
+    sources = [padded, padded.flip(-1)] if mirrors else [padded]
+    side = x.shape[-1]
+    reaches = range(2 * reach + 1)
+    return [s[:, i : i + side, j : j + side] for s in sources for i in reaches for j in reaches]
+
+
+@pytest.mark.parametrize(("augment", "reach", "mirrors"), [("flip", 0, True), ("crop-flip", 4, True), ("shift", 2, False)])
+def test_augmented_images_are_crops_of_the_padded_normalised_image(toy, augment, reach, mirrors):
+    first = torch.zeros(100, dtype=torch.long)
+    indices = torch.arange(1)
+    clean = next(eval_batches(toy, split="train", indices=indices))[0][0]
+    possible = crops(clean, reach, mirrors)
+    made = set()
+    data = ArrayDataset("one", toy.x_train[first], toy.y_train[first], toy.x_test, toy.y_test, 10, MEAN, STD)
+    for epoch in range(8):
+        for x, _ in train_batches(data, batch_size=100, seed=0, epoch=epoch, augment=augment):
+            for image in x:
+                hits = [k for k, crop in enumerate(possible) if torch.equal(crop, image)]
+                assert hits
+                made.add(hits[0])
+    # 800 draws of at most 162 images: all of them but for bad luck
+    assert len(made) >= 0.95 * len(possible)
+
+
+def test_half_of_the_images_are_mirrored(toy):
+    batches = train_batches(toy, batch_size=100, seed=0, epoch=0, augment="flip")
+    clean = dict(zip(numbers(eval_batches(toy, split="train")), next(eval_batches(toy, split="train"))[0], strict=True))
+    x = next(batches)[0]
+    upright = sum(any(torch.equal(image, other) for other in clean.values()) for image in x)
+    assert 30 <= upright <= 70
+
+
+def test_true_is_the_usual_augmentation(toy):
+    def batches(augment):
+        return train_batches(toy, batch_size=16, seed=0, epoch=0, augment=augment)
+
+    assert equal(batches(True), batches("crop-flip"))
+    assert equal(batches(False), batches("none"))
+
+
+def test_training_on_a_part(toy):
+    part = torch.arange(40, 60)
+    assert sorted(numbers(train_batches(toy, batch_size=10, seed=0, epoch=0, indices=part))) == part.tolist()
+
+
+def test_calibration_is_deterministic_and_even(toy):
+    batches = list(calibration_batches(toy, 70, batch_size=32))
+    assert [len(x) for x, _ in batches] == [24, 23, 23]
+    assert len(set(numbers(batches))) == 70
+    assert equal(batches, calibration_batches(toy, 70, batch_size=32))
+    assert not equal(batches, calibration_batches(toy, 70, batch_size=32, seed=1))
+    assert sorted(numbers(calibration_batches(toy, 4096))) == list(range(100))
+    moved = list(calibration_batches(toy, 70, batch_size=32, augment="shift"))
+    assert not equal(batches, moved)
+    assert equal(moved, calibration_batches(toy, 70, batch_size=32, augment="shift"))
+
+
+def test_validation_is_held_out_of_training(toy):
+    data = split_validation(toy, 0.2, seed=5)
+    train, held = (numbers(eval_batches(data, split=split)) for split in ("train", "test"))
+    assert len(held) == 20 and sorted(train + held) == list(range(100))
+    assert data.y_test.bincount().tolist() == [2] * 10
+    assert data.name == "toy-validation"
+    assert numbers(eval_batches(split_validation(toy, 0.2, seed=5))) == held
+    assert numbers(eval_batches(split_validation(toy, 0.2, seed=6))) != held
+
+
+@pytest.mark.parametrize("n", [1, 7, 50, 99])
+def test_stratified_draw_has_the_exact_size_and_even_classes(n):
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
+    held = images._stratified(labels, n / 100, 0)
+    assert len(held.unique()) == n
+    shares = labels[held].bincount(minlength=3) - n / 100 * labels.bincount()
+    assert shares.abs().max() < 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d: train_batches(d, batch_size=101, seed=0, epoch=0), "a batch of 101 needs as many"),
+        (lambda d: train_batches(d, batch_size=0, seed=0, epoch=0), "batch_size is at least 1, got 0"),
+        (lambda d: train_batches(d, batch_size=10, seed=0, epoch=0, start_step=11), "start_step lies in 0…10"),
+        (lambda d: train_batches(d, batch_size=10, seed=0, epoch=0, augment="crop"), "augment is one of none, flip"),
+        (lambda d: eval_batches(d, batch_size=0), "batch_size is at least 1, got 0"),
+        (lambda d: eval_batches(d, indices=torch.tensor([30])), "indices lie in 0…29, got 30…30"),
+        (lambda d: eval_batches(d, indices=torch.tensor([True])), "indices are a list of int64"),
+        (lambda d: calibration_batches(d, 0), "n is at least 1, got 0"),
+        (lambda d: split_validation(d, 0.0), "between 0 and 1"),
+        (lambda d: split_validation(d, float("nan")), "between 0 and 1"),
+        (lambda d: split_validation(d, 1.0), "between 0 and 1"),
+    ],
+)
+def test_impossible_batches_are_refused_at_the_call(toy, call, message):
+    with pytest.raises(DualpruneError, match=re.escape(message)):
+        call(toy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("x_train", torch.zeros(100, 3, 32, 32), "uint8 (n, channels, height, width), got float32"),
+        ("y_train", torch.zeros(99, dtype=torch.long), "one for each of 100 images, got int64 (99,)"),
+        ("y_test", torch.full((30,), 10), "should lie in 0…9, got 10…10"),
+        ("y_test", torch.full((30,), -1), "should lie in 0…9, got -1…-1"),
+        ("x_test", torch.zeros(30, 3, 8, 8, dtype=torch.uint8), "differ in shape"),
+        ("mean", (0.5,), "mean and std > 0 for 3 channels"),
+        ("std", (0.0, 1.0, 1.0), "mean and std > 0"),
+    ],
+)
+def test_array_data_sets_are_checked(toy, field, value, message):
+    fields = {key: getattr(toy, key) for key in toy.__dataclass_fields__} | {field: value}
+    with pytest.raises(DualpruneError, match=re.escape(message)):
+        ArrayDataset(**fields)
+
+
+# --- finding and reading ---------------------------------------------------------------------------------------------
+
+
+def write_npz(path, shape=(32, 32, 3), **changes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (x, y), (u, v) = arrays(20, shape), arrays(10, shape, 1)
+    parts = {"x_train": x, "y_train": y, "x_test": u, "y_test": v} | changes
+    np.savez(path, **{key: value for key, value in parts.items() if value is not None})
+    return x, y
+
+
+def idx(array):
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(folder, suffix="", pattern="{}-{}-ubyte"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (x, y), (u, v) = arrays(20, (28, 28)), arrays(10, (28, 28), 1)
+    pack = gzip.compress if suffix else bytes
+    for stem, kind, array in [
+        ("train-images", "idx3", x),
+        ("train-labels", "idx1", y),
+        ("t10k-images", "idx3", u),
+        ("t10k-labels", "idx1", v),
+    ]:
+        (folder / (pattern.format(stem, kind) + suffix)).write_bytes(pack(idx(array)))
+    return x, y
+
+
+def test_digits():
+    pytest.importorskip("sklearn")
+    data = load_data("digits")
+    assert data.x_train.shape == (1348, 1, 8, 8) and data.x_test.shape == (449, 1, 8, 8)
+    assert data.y_test.bincount().min() >= 43
+    everything = torch.cat([data.x_train, data.x_test]).float() / 255
+    assert everything.mean().item() == pytest.approx(data.mean[0], abs=1e-3)
+    assert everything.std().item() == pytest.approx(data.std[0], abs=1e-3)
+    assert torch.equal(load_data("digits").x_test, data.x_test)
+    assert not torch.equal(load_data("digits", seed=1).x_test, data.x_test)
+    with pytest.raises(DualpruneError, match="have no root"):
+        load_data("digits", root="here")
+
+
+@pytest.mark.parametrize("place", ["file", "folder", "environment", "default"])
+def test_npz_is_found(tmp_path, monkeypatch, place):
+    file = tmp_path / ("data" if place == "default" else "somewhere") / "cifar10.npz"
+    x, y = write_npz(file)
+    if place == "environment":
+        monkeypatch.setenv("DUALPRUNE_DATA", os.pathsep.join([str(tmp_path / "nothing"), str(file.parent)]))
+    data = load_data("cifar10", root={"file": file, "folder": file.parent}.get(place))
+    assert torch.equal(data.x_train, torch.from_numpy(x).permute(0, 3, 1, 2))
+    assert data.y_train.dtype == torch.int64 and data.y_train.tolist() == y.tolist()
+    assert data.source.endswith("cifar10.npz") and data.mean == (0.485, 0.456, 0.406)
+
+
+def test_npz_with_a_column_of_labels_and_other_statistics(tmp_path):
+    write_npz(tmp_path / "cifar10.npz", y_train=np.arange(20).reshape(-1, 1) % 10)
+    data = load_data("cifar10", root=tmp_path, mean=MEAN, std=STD)
+    assert data.y_train.shape == (20,) and (data.mean, data.std) == (MEAN, STD)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_idx_files_as_torchvision_and_others_leave_them(tmp_path, name, suffix, inside):
+    folder = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name]
+    x, y = write_idx(tmp_path / folder / "raw" if inside else tmp_path, suffix)
+    data = load_data(name, root=tmp_path)
+    assert torch.equal(data.x_train[:, 0], torch.from_numpy(x)) and data.y_train.tolist() == y.tolist()
+    assert data.x_test.shape == (10, 1, 28, 28)
+
+
+def test_idx_files_with_a_dot(tmp_path):
+    write_idx(tmp_path, pattern="{}.{}-ubyte")
+    assert len(load_data("mnist", root=tmp_path).y_train) == 20
+
+
+def test_torchvision_reads_what_we_read(tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    write_idx(tmp_path / "MNIST" / "raw")
+    theirs = datasets.MNIST(tmp_path, train=True, download=False)
+    ours = load_data("mnist", root=tmp_path)
+    assert torch.equal(ours.x_train[:, 0], theirs.data) and torch.equal(ours.y_train, theirs.targets)
+
+
+@pytest.fixture
+def batches_py(tmp_path, monkeypatch):
+    """A folder as torchvision leaves CIFAR-10, whose digests torchvision is told."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    folder = tmp_path / "there" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    digests = []
+    x, y = arrays(60, (3072,))
+    for i, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta"]):
+        part = slice(10 * i, 10 * i + 10)
+        content = {"label_names": list("abcdefghij")} if i == 6 else {"data": x[part], "labels": y[part].tolist()}
+        (folder / name).write_bytes(pickle.dumps(content))
+        digests.append([name, hashlib.md5((folder / name).read_bytes()).hexdigest()])
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", digests[:5])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", digests[5:6])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": digests[6][1]})
+    return folder, torch.from_numpy(x).view(-1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_cifar10_as_torchvision_leaves_it(batches_py, up):
+    folder, x = batches_py
+    data = load_data("cifar10", root=folder.parent if up else folder)
+    assert torch.equal(data.x_train, x[:50]) and torch.equal(data.x_test, x[50:])
+
+
+def test_a_tampered_cifar10_is_never_unpickled(batches_py):
+    folder, _ = batches_py
+    (folder / "data_batch_3").write_bytes(b"cos\nsystem\n(S'touch run_by_pickle'\ntR.")
+    with pytest.raises(FormatError, match="incomplete or damaged"):
+        load_data("cifar10", root=folder)
+    assert not os.path.exists("run_by_pickle")  # noqa: PTH110
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_test": None}, "expected arrays x_train, y_train, x_test, y_test, it has x_train, y_train, x_test"),
+        ({"x_train": np.zeros((20, 3, 32, 32), np.uint8)}, "x_train should be uint8 of shape (n, 32, 32, 3)"),
+        ({"x_test": np.zeros((10, 32, 32, 3))}, "x_test should be uint8 of shape (n, 32, 32, 3), got float64"),
+        ({"y_train": np.zeros(20)}, "y_train should be whole numbers of shape (n,), got float64"),
+        ({"y_train": np.zeros((20, 10), int)}, "y_train should be whole numbers of shape (n,), got int64 (20, 10)"),
+        ({"y_train": np.zeros(19, int)}, "train labels should be int64, one for each of 20 images"),
+        ({"y_train": np.full(20, 10)}, "train labels should lie in 0…9, got 10…10"),
+        ({"y_test": np.array([None] * 10)}, "is damaged: Object arrays cannot be loaded"),
+        ({"x_train": np.zeros((0, 32, 32, 3), np.uint8), "y_train": np.zeros(0, int)}, "one for each of 0 images"),
+    ],
+)
+def test_unfit_npz(tmp_path, changes, message):
+    write_npz(tmp_path / "cifar10.npz", **changes)
+    with pytest.raises(DualpruneError, match=re.escape(message)) as caught:
+        load_data("cifar10", root=tmp_path)
+    assert "cifar10.npz" in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.999])
+def test_truncated_npz(tmp_path, keep):
+    file = tmp_path / "cifar10.npz"
+    write_npz(file)
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    with pytest.raises(FormatError, match=r"not a whole .npz archive"):
+        load_data("cifar10", root=tmp_path)
+
+
+def test_damaged_npz(tmp_path):
+    file = tmp_path / "cifar10.npz"
+    write_npz(file)
+    content = bytearray(file.read_bytes())
+    content[1000] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(FormatError, match="is damaged: Bad CRC-32"):
+        load_data("cifar10", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b[:-1], "is truncated: (20, 28, 28) needs 15696 bytes, it has 15695"),
+        (lambda b: b + b"\0", "is too long"),
+        (lambda b: b[:9], "not an idx file"),
+        (lambda b: b"", "not an idx file of unsigned bytes; it begins with nothing"),
+        (lambda b: b[:2] + b"\x0d" + b[3:], "it begins with 00000d03"),
+        (lambda b: gzip.compress(b)[:-9], "is a damaged gzip file"),
+        (lambda b: b[:4] + b"\xff" * 12, "is truncated"),
+    ],
+)
+def test_unfit_idx(tmp_path, change, message):
+    write_idx(tmp_path)
+    file = tmp_path / "train-images-idx3-ubyte"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(FormatError, match=re.escape(message)):
+        load_data("mnist", root=tmp_path)
+
+
+def test_incomplete_idx_folder(tmp_path):
+    write_idx(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FormatError, match=r"but not t10k-labels-idx1-ubyte\[.gz\]"):
+        load_data("mnist", root=tmp_path)
+
+
+def test_missing_data_says_where_it_looked_and_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUALPRUNE_DATA", str(tmp_path / "mine"))
+    with pytest.raises(DataNotFoundError) as caught:
+        load_data("cifar10")
+    message = str(caught.value)
+    for part in (
+        str(tmp_path / "mine" / "cifar10.npz"),
+        str(tmp_path / "mine" / "cifar-10-batches-py"),
+        "data/cifar10.npz",
+        "torchvision.datasets.CIFAR10('data', download=True)",
+        "download=true",
+        "DUALPRUNE_DATA",
+    ):
+        assert part in message
+    with pytest.raises(DataNotFoundError) as caught:
+        load_data("mnist", root="nowhere")
+    assert "nowhere/MNIST/raw" in str(caught.value) and "mine" not in str(caught.value)
+
+
+def test_download_goes_through_torchvision(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+    asked = []
+
+    def fetch(folder, download):
+        asked.append((folder, download))
+        write_idx(folder / "MNIST" / "raw", ".gz")
+
+    monkeypatch.setattr(datasets, "MNIST", fetch)
+    assert len(load_data("mnist", root=tmp_path, download=True).y_train) == 20
+    load_data("mnist", root=tmp_path, download=True)
+    assert asked == [(tmp_path, True)]
+
+    def offline(folder, download):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets, "CIFAR10", offline)
+    with pytest.raises(DualpruneError, match=r"could not download CIFAR10 into .*: no route to host"):
+        load_data("cifar10", root=tmp_path, download=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cifar", {}, "no data set 'cifar', did you mean 'cifar10'"),
+        ("cifar10", {"dowload": True}, "has no option 'dowload', did you mean 'download'"),
+        ("digits", {"test_fraction": 2}, "between 0 and 1"),
+    ],
+)
+def test_impossible_data(name, options, message):
+    with pytest.raises(DualpruneError, match=re.escape(message)):
+        load_data(name, **options)
+
+
+# --- image folders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    for split, classes in (("train", "abc"), ("val", "bc")):
+        for label, name in enumerate(classes):
+            (tmp_path / split / name).mkdir(parents=True)
+            for k in range(4):
+                pixels = arrays(1, (40, 48, 3), 10 * label + k)[0][0]
+                image.fromarray(pixels).save(tmp_path / split / name / f"{k}.png")
+    return tmp_path
+
+
+def test_image_folder(folder):
+    data = load_data("imagefolder", root=folder, image_size=16, workers=0)
+    assert (data.num_classes, data.image_shape) == (3, (3, 16, 16))
+    assert data.labels("train").tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    # val has no class a, its labels are still those of train
+    assert data.labels("test").tolist() == [1] * 4 + [2] * 4
+    (x, y), (rest, _) = eval_batches(data, batch_size=5, memory_format=torch.channels_last)
+    assert x.shape == (5, 3, 16, 16) and x.dtype == torch.float32 and len(rest) == 3
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert y.tolist() == [1, 1, 1, 1, 2]
+    held = split_validation(data, 0.25)
+    assert held.labels("test").tolist() == [0, 1, 2] and len(held.labels("train")) == 9
+    assert not set(held.train) & set(held.test)
+    assert sum(len(x) for x, _ in calibration_batches(held)) == 9
+
+
+# a fork of a process with threads is what the loader does by default
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("augment", ["none", "flip", "crop-flip"])
+def test_image_folder_batches_do_not_depend_on_the_workers(folder, augment):
+    before = torch.get_rng_state()
+
+    def epoch(workers, start_step=0):
+        data = load_data("imagefolder", root=folder, image_size=16, workers=workers)
+        settings = {"batch_size": 4, "seed": 1, "epoch": 2, "augment": augment}
+        return list(train_batches(data, start_step=start_step, **settings))
+
+    alone = epoch(0)
+    assert equal(epoch(2 if augment == "crop-flip" else 0), alone)
+    assert equal(epoch(0, start_step=2), alone[2:])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_unfit_image_folders(folder, tmp_path):
+    with pytest.raises(DataNotFoundError, match="nowhere/train, nowhere/val"):
+        load_data("imagefolder", root="nowhere")
+    (folder / "val" / "b" / "0.png").write_bytes(b"no image")
+    data = load_data("imagefolder", root=folder, image_size=16, workers=0)
+    with pytest.raises(FormatError, match=r"b/0.png is not a readable image"):
+        list(eval_batches(data))
+    with pytest.raises(DualpruneError, match="'shift' is for digits"):
+        list(train_batches(data, batch_size=2, seed=0, epoch=0, augment="shift"))
+    (folder / "val" / "d").mkdir()
+    (folder / "val" / "d" / "0.png").write_bytes(b"")
+    with pytest.raises(DualpruneError, match=r"has classes that .*train has not: d"):
+        load_data("imagefolder", root=folder)

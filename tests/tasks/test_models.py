@@ -1,0 +1,428 @@
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dualprune.errors import DualpruneError, FormatError
+from dualprune.tasks.classification.data import (
+    DataNotFoundError,
+    eval_batches,
+    load_data,
+    steps_per_epoch,
+    train_batches,
+)
+from dualprune.tasks.classification.metrics import accuracy
+from dualprune.tasks.classification.models import build_model, load_weights, model_names
+
+# all parameters, and those of two or more dimensions
+COUNTS = {
+    "alexnet": (7_506_762, 7_503_552),
+    "digits-cnn": (49_586, 49_240),
+    "lenet300": (266_610, 266_200),
+    "lenet5": (431_080, 430_500),
+    "mlp": (820_874, 820_480),
+    "resnet110": (1_727_962, 1_719_856),
+    "resnet18": (11_173_962, 11_164_352),
+    "resnet20": (269_722, 268_336),
+    "resnet32": (464_154, 461_872),
+    "resnet44": (658_586, 655_408),
+    "resnet50": (23_520_842, 23_467_712),
+    "resnet56": (853_018, 848_944),
+    "vgg16": (14_728_266, 14_715_584),
+}
+NATURAL = {"lenet5": (1, 28), "lenet300": (1, 28), "digits-cnn": (1, 8)}
+
+
+def count(model, least_dims=1):
+    return sum(p.numel() for p in model.parameters() if p.ndim >= least_dims)
+
+
+def test_every_built_in_model_has_a_count():
+    assert model_names() == sorted(COUNTS)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name):
+    with torch.device("meta"):
+        model = build_model(name)
+    assert (count(model), count(model, 2)) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(COUNTS) - {"resnet110", "resnet44", "resnet56", "resnet32"}))
+def test_scores_have_the_asked_shape(name):
+    channels, side = NATURAL.get(name, (3, 32))
+    with torch.device("meta"):
+        model = build_model(name, 7).eval()
+        assert model(torch.zeros(2, channels, side, side)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "vgg16", "alexnet", "lenet5", "mlp"])
+def test_other_image_sizes(name):
+    with torch.device("meta"):
+        model = build_model(name, num_classes=3, in_channels=1, image_size=28).eval()
+        assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 3)
+
+
+def test_downsampling_shortcut_is_the_zero_padded_identity():
+    block = build_model("resnet20").layer2[0].eval()
+    for convolution in (block.conv1, block.conv2):
+        nn.init.zeros_(convolution.weight)
+    x = torch.rand(1, 16, 6, 6)
+    out = block(x)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert not out[:, :8].any() and not out[:, 24:].any()
+
+
+def test_names_follow_the_public_layouts():
+    small, wide = build_model("resnet20").state_dict(), build_model("resnet50").state_dict()
+    assert {"conv1.weight", "bn1.weight", "layer3.2.conv2.weight", "linear.bias"} <= small.keys()
+    assert {"layer1.0.shortcut.0.weight", "layer1.0.shortcut.1.weight", "layer4.2.conv3.weight"} <= wide.keys()
+    assert not any("shortcut" in key for key in small)
+
+
+def test_mlp_takes_hidden_widths():
+    assert [m.out_features for m in build_model("mlp", hidden=[5, 4]).children()] == [5, 4, 10]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: build_model("resnet65"), "did you mean 'resnet56'"),
+        (lambda: build_model("alexnet", droput=0.1), "did you mean 'dropout'"),
+        (lambda: build_model("resnet20", width=2), "has no option 'width'; it has none"),
+        (lambda: build_model("resnet20", pretrained=True), "no weights to fetch"),
+        (lambda: build_model("resnet20", 0), "num_classes is a whole number of at least 1, got 0"),
+        (lambda: build_model("lenet5", image_size=8), "at least 16×16"),
+        (lambda: build_model("mlp", hidden=[10, -1]), "list of layer widths"),
+    ],
+)
+def test_impossible_built_ins(call, message):
+    with pytest.raises(DualpruneError, match=re.escape(message)):
+        call()
+
+
+# --- other libraries and factories -----------------------------------------------------------------------------------
+
+
+def test_torchvision_models():
+    pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        model = build_model("torchvision:resnet18", 7)
+    assert count(model) == 11_176_512 + 7 * 513
+    with pytest.raises(DualpruneError, match="did you mean 'resnet18'"):
+        build_model("torchvision:resnt18")
+    with pytest.raises(DualpruneError, match="3 colour channels, got 1"):
+        build_model("torchvision:resnet18", in_channels=1)
+    with pytest.raises(DualpruneError, match=r"torchvision:resnet18 could not be built: .*'depht'"):
+        build_model("torchvision:resnet18", depht=3)
+
+
+def test_torchvision_pretrained_gets_a_new_last_layer(monkeypatch):
+    models = pytest.importorskip("torchvision").models
+    plain = models.get_model
+
+    def without_network(name, weights, **options):
+        assert weights == "DEFAULT"
+        return plain(name, weights=None, **options)
+
+    monkeypatch.setattr(models, "get_model", without_network)
+    assert build_model("torchvision:mobilenet_v3_small", 7, pretrained=True).classifier[-1].out_features == 7
+    assert build_model("torchvision:mobilenet_v3_small", pretrained=True).classifier[-1].out_features == 1000
+
+
+def test_failed_download_names_the_model(monkeypatch):
+    models = pytest.importorskip("torchvision").models
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(models, "get_model", offline)
+    with pytest.raises(DualpruneError, match="torchvision:resnet18 could not be built: no route to host"):
+        build_model("torchvision:resnet18", pretrained=True)
+
+
+def test_timm_is_asked_with_its_own_words(monkeypatch):
+    calls = []
+    fake = types.ModuleType("timm")
+    fake.is_model = lambda name: name == "known"
+    fake.list_models = lambda: ["known"]
+    fake.create_model = lambda name, **kwargs: calls.append((name, kwargs)) or nn.Linear(1, 1)
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    build_model("timm:known", 5, in_channels=1, drop_rate=0.1)
+    assert calls == [("known", {"pretrained": False, "num_classes": 5, "in_chans": 1, "drop_rate": 0.1})]
+    with pytest.raises(DualpruneError, match="timm has no model 'knwon', did you mean 'known'"):
+        build_model("timm:knwon")
+
+
+def test_missing_or_hidden_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(DualpruneError, match=re.escape("pip install 'dualprune[timm]'")):
+        build_model("timm:resnet18")
+    local = types.ModuleType("timm")
+    local.__file__ = "/here/timm.py"
+    monkeypatch.setitem(sys.modules, "timm", local)
+    with pytest.raises(DualpruneError, match=r"found at /here/timm.py, which is not the library but hides it"):
+        build_model("timm:resnet18")
+
+
+@pytest.fixture
+def factories(monkeypatch):
+    module = types.ModuleType("my_models")
+    module.small = lambda num_classes, width=4: nn.Linear(width, num_classes)
+    module.fixed = lambda: nn.Linear(1, 1)
+    module.keywords = lambda **kwargs: nn.Linear(kwargs["in_channels"], kwargs["num_classes"])
+    module.names = lambda: ["a"]
+    module.ready = nn.Linear(1, 1)
+    monkeypatch.setitem(sys.modules, "my_models", module)
+
+
+def test_factories_get_the_arguments_they_take(factories):
+    assert build_model("my_models:small", 3, 1, 28, width=6).weight.shape == (3, 6)
+    assert build_model("my_models:fixed", 3, 1, 28).weight.shape == (1, 1)
+    assert build_model("my_models:keywords", 3, 2).weight.shape == (3, 2)
+    assert build_model("torch.nn:Linear", in_features=2, out_features=5).weight.shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("my_models:smal", {}, "has no 'smal', did you mean 'small'"),
+        ("my_models:names", {}, "should return an nn.Module, it returned list"),
+        ("my_models:ready", {}, "is a Linear; expected a function or class"),
+        ("my_models:small", {}, "missing a required argument: 'num_classes'"),
+        ("my_models:small", {"widht": 2}, "has no option 'widht', did you mean 'width'"),
+        ("my_models:fixed", {"pretrained": True}, "takes no argument 'pretrained'"),
+        ("my_modles:small", {}, "there is no module 'my_modles' on Python's path"),
+        (":small", {}, "package.module:factory"),
+    ],
+)
+def test_unusable_factories(factories, name, options, message):
+    with pytest.raises(DualpruneError, match=re.escape(message)):
+        build_model(name, **options)
+
+
+def test_a_module_that_fails_to_import_says_why(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "needs_more.py").write_text("import no_such_library\n")
+    (tmp_path / "breaks.py").write_text("1 / 0\n")
+    with pytest.raises(DualpruneError, match="needs_more could not be imported, it needs no_such_library"):
+        build_model("needs_more:f")
+    with pytest.raises(DualpruneError, match="breaks could not be imported: ZeroDivisionError"):
+        build_model("breaks:f")
+
+
+def test_naming_a_model_imports_no_extra():
+    code = "import sys, dualprune.tasks.classification as c; c.build_model('lenet5');"
+    code += "print([m for m in ('timm', 'torchvision', 'sklearn', 'PIL') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def same(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "net"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_torch_files(tmp_path, wrapper, prefix):
+    source, target = build_model("digits-cnn"), build_model("digits-cnn")
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "w.pt")
+    assert load_weights(target, tmp_path / "w.pt") == []
+    assert same(source, target)
+
+
+def test_safetensors_are_known_by_content(tmp_path):
+    source, target = build_model("digits-cnn"), build_model("digits-cnn")
+    save_file(source.state_dict(), tmp_path / "weights.bin")
+    load_weights(target, tmp_path / "weights.bin")
+    assert same(source, target)
+
+
+def test_sparse_files(tmp_path):
+    export = pytest.importorskip("dualprune.export")
+    source, target = build_model("digits-cnn"), build_model("digits-cnn")
+    with torch.no_grad():
+        source.conv4.weight[source.conv4.weight.abs() < 0.03] = 0
+    export.save_sparse(source, tmp_path / "sparse.safetensors")
+    load_weights(target, tmp_path / "sparse.safetensors")
+    assert same(source, target)
+
+
+def test_a_wrapped_model_takes_plain_weights(tmp_path):
+    source, target = build_model("lenet5"), build_model("lenet5")
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    load_weights(nn.ModuleDict({"module": target}), tmp_path / "w.safetensors")
+    assert same(source, target)
+
+
+def test_batch_counters_may_be_missing(tmp_path):
+    source, target = build_model("digits-cnn"), build_model("digits-cnn")
+    save_file({k: v for k, v in source.state_dict().items() if "tracked" not in k}, tmp_path / "w.safetensors")
+    assert load_weights(target, tmp_path / "w.safetensors") == []
+
+
+def test_mismatches_are_listed_and_leave_the_model_alone(tmp_path):
+    source, target, before = (build_model("digits-cnn", n) for n in (10, 7, 7))
+    before.load_state_dict(target.state_dict())
+    state = {k: v for k, v in source.state_dict().items() if not k.startswith("bn")} | {"extra": torch.zeros(1)}
+    save_file(state, tmp_path / "w.safetensors")
+    message = r"16 missing: bn1\.weight, .*, …; 1 unexpected: extra; 2 of another shape: linear.weight \(10, 64\) for \(7"
+    with pytest.raises(DualpruneError, match=message):
+        load_weights(target, tmp_path / "w.safetensors")
+    assert same(target, before)
+
+
+def test_not_strict_returns_what_was_passed_over(tmp_path):
+    model = build_model("lenet5")
+    state = {k: v for k, v in model.state_dict().items() if k != "fc2.bias"} | {"extra": torch.zeros(1)}
+    save_file(state, tmp_path / "w.safetensors")
+    assert load_weights(model, tmp_path / "w.safetensors", strict=False) == ["fc2.bias", "extra"]
+    save_file({"extra": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(DualpruneError, match="does not fit this LeNet5"):
+        load_weights(model, tmp_path / "other.safetensors", strict=False)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("run_by_pickle"),))
+
+
+def test_files_that_hold_no_plain_tensors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = build_model("lenet5")
+    torch.save({"state_dict": Malicious()}, "code.pt")
+    torch.save({"epoch": 3}, "other.pt")
+    torch.save(model.state_dict(), "short.pt")
+    Path("short.pt").write_bytes(Path("short.pt").read_bytes()[:5000])
+    Path("short.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    for name, message in [
+        ("code.pt", "would run code"),
+        ("other.pt", "expected a state_dict"),
+        ("short.pt", "damaged"),
+        ("short.safetensors", "short.safetensors"),
+    ]:
+        with pytest.raises(FormatError, match=message):
+            load_weights(model, name)
+    assert not Path("run_by_pickle").exists()
+    with pytest.raises(DualpruneError, match=r"no weights file nowhere\.pt"):
+        load_weights(model, "nowhere.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_cut_anywhere(tmp_path, zipped):
+    model, file = nn.Linear(3, 2), tmp_path / "w.pt"
+    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=zipped)
+    content = file.read_bytes()
+    for length in range(2, len(content), 37):
+        file.write_bytes(content[:length])
+        with pytest.raises(FormatError, match=r"w\.pt"):
+            load_weights(model, file)
+
+
+# --- accuracy --------------------------------------------------------------------------------------------------------
+
+
+class Identity(nn.Module):
+    def forward(self, x):
+        return x
+
+
+SCORES = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.2, 0.3], [0.2, 0.3, 0.5], [0.1, 0.9, 0.0]])
+
+
+def test_accuracy_counts_over_uneven_batches():
+    y = torch.tensor([1, 2, 2, 0])
+    batches = [(SCORES[:3], y[:3]), (SCORES[3:], y[3:])]
+    assert accuracy(Identity(), batches) == 50.0
+    assert accuracy(Identity(), batches, topk=2) == 100.0
+
+
+def test_nan_scores_are_wrong():
+    assert accuracy(Identity(), [(torch.full((4, 3), torch.nan), torch.zeros(4, dtype=torch.long))]) == 0.0
+
+
+def test_accuracy_restores_every_mode_also_after_an_error():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(), nn.Linear(3, 3))
+    model[0].eval()
+    before = model[0].running_mean.clone()
+    accuracy(model, [(SCORES, torch.zeros(4, dtype=torch.long))])
+    with pytest.raises(RuntimeError):
+        accuracy(model, [(SCORES[:, :2], torch.zeros(4, dtype=torch.long))])
+    assert [m.training for m in model.modules()] == [True, False, True, True]
+    assert torch.equal(model[0].running_mean, before)
+
+
+@pytest.mark.parametrize(
+    ("precision", "inner", "outer"),
+    [
+        (None, torch.float32, False),
+        (None, torch.bfloat16, True),
+        ("float32", torch.float32, True),
+        ("bfloat16", torch.bfloat16, False),
+    ],
+)
+def test_precision(precision, inner, outer):
+    seen = []
+    model = nn.Linear(3, 3)
+    model.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        accuracy(model, [(SCORES, torch.zeros(4, dtype=torch.long))], precision=precision)
+    assert seen == [inner]
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "message"),
+    [
+        ([], {}, "at least one image"),
+        ([SCORES[0]], {}, r"scores of shape \(4, classes\), got \(3,\)"),
+        ([SCORES], {"topk": 4}, r"number of classes \(3\), got 4"),
+        ([SCORES], {"precision": "bfloat"}, "did you mean 'bfloat16'"),
+    ],
+)
+def test_impossible_accuracy(scores, options, message):
+    with pytest.raises(DualpruneError, match=message):
+        accuracy(Identity(), [(x, torch.zeros(4, dtype=torch.long)) for x in scores], **options)
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
+
+
+def test_digits_cnn_learns_the_digits():
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    data, model = load_data("digits"), build_model("digits-cnn")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8 * steps_per_epoch(data, 64))
+    for epoch in range(8):
+        for x, y in train_batches(data, batch_size=64, seed=0, epoch=epoch):
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    assert accuracy(model, eval_batches(data)) >= 97.5
+
+
+@pytest.mark.slow
+def test_published_resnet20_scores_exactly_91_73():
+    """Needs DUALPRUNE_DATA (CIFAR-10) and DUALPRUNE_WEIGHTS (the folder of resnet20-cifar10.safetensors)."""
+    weights = Path(os.environ.get("DUALPRUNE_WEIGHTS", "weights")) / "resnet20-cifar10.safetensors"
+    if not weights.is_file():
+        pytest.skip("no published weights here")
+    try:
+        data = load_data("cifar10")
+    except DataNotFoundError:
+        pytest.skip("no CIFAR-10 here")
+    model = build_model("resnet20", 10)
+    load_weights(model, weights)
+    assert len(data.y_test) == 10_000
+    assert accuracy(model, eval_batches(data)) == 91.73

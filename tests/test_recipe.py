@@ -1,0 +1,236 @@
+"""Recipes: what is read, what is refused, and with which words."""
+
+import math
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from dualprune.errors import DualpruneError
+from dualprune.recipe import dump_toml, load_recipe, parse_recipe
+
+BASE = """
+name = "small"
+[model]
+name = "digits-cnn"
+[data]
+name = "digits"
+[training]
+epochs = 3
+lr = 0.05
+[prune]
+rate = 10
+[methods.slr]
+kind = "slr"
+[methods.oneshot]
+kind = "oneshot"
+"""
+
+
+def refused(text: str, *overrides: str) -> str:
+    with pytest.raises(DualpruneError) as caught:
+        parse_recipe(text, overrides)
+    return str(caught.value)
+
+
+def test_defaults_and_types():
+    recipe = parse_recipe(BASE)
+    assert (recipe.seed, recipe.training.batch_size, recipe.prune.calibrate, recipe.dense) == (0, 128, 4096, None)
+    assert recipe.patterns() is None
+    assert recipe.epochs("slr") == 3 and recipe.epochs("oneshot") == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.epoch=3", "[training] epoch: unknown key, did you mean 'epochs'?"),
+        ("prune.sparsty=0.9", "[prune] sparsty: unknown key, did you mean 'sparsity'?"),
+        ("trainig.lr=1", "trainig: unknown key, did you mean 'training'?"),
+        ("training.schedule=cosin", "[training] schedule: 'cosin' is not one of cosine, constant, step, did you mean"),
+        ("training.epochs=0", "[training] epochs: input should be greater than or equal to 1, got 0"),
+        ("training.epochs=1.5", "[training] epochs"),
+        ("training.lr=nan", "[training] lr"),
+        ("training.lr=-0.1", "[training] lr"),
+        ("training.momentum=1.0", "[training] momentum"),
+        ("training.warmup_epochs=3", "[training]: warmup_epochs 3 leaves nothing of 3 epochs"),
+        ("data.validation=1.0", "[data] validation"),
+        (
+            "prune.rate=0.5",
+            "[prune] rate: rate says how many times fewer weights, a number from 1 up, got 0.5; did you",
+        ),
+        ("prune.rate=nan", "[prune] rate"),
+        ("prune.sparsity=0.9", "[prune]: give rate (10) or sparsity (0.9), not both"),
+        ("name=a/b", "name"),
+        ("methods.slr.kind=slrr", "[methods.slr] kind: 'slrr' is not one of slr, admm, gradual, oneshot, did you mean"),
+        ("methods.slr.s00=1", "[methods.slr] unknown key 's00', did you mean 's0'?"),
+        ("methods.slr.M=0.5", "[methods.slr] SLR expects s0 > 0, M > 1"),
+        ("methods.slr.M=many", "[methods.slr] a value in {'M': 'many'} has the wrong type"),
+        ("methods.slr.rho={start=0.1,stop=1}", "[methods.slr] rho: unknown key 'stop'"),
+        (
+            "methods.slr.rho={start=0.1}",
+            "[methods.slr] rho: a schedule is { start = 0.01, end = 1.0, over = 0.8 }, got",
+        ),
+        ("methods.oneshot.base=paper", "[methods.oneshot] base = 'paper' is for slr and admm"),
+        ('prune.patterns={"conv2"="3:"}', "[prune.patterns]"),
+        ('prune.patterns={"conv2"=90}', "did you mean 0.9?"),
+        ('prune.patterns={"conv2"=[1]}', "expected a pattern"),
+        ('prune.patterns={"conv2"={patern="2:4"}}', "unknown key, did you mean 'pattern'?"),
+        ("name.x=1", "'name' is a value, not a table"),
+        ("training.epochs", "--set takes key=value"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(override, said):
+    assert said in refused(BASE, override)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("90", "0.9"), ("75", "0.75"), ("-0.1", None), ("nan", None), ("101", None)])
+def test_an_impossible_sparsity_is_explained(given, meant):
+    said = refused(BASE.replace("rate = 10", f"sparsity = {given}"))
+    assert "[prune] sparsity: sparsity is a fraction in [0, 1], got" in said
+    assert (f"did you mean {meant}?" in said) if meant else ("did you mean" not in said)
+
+
+def test_a_budget_is_needed():
+    assert "nothing says how much to prune" in refused(BASE.replace("rate = 10", ""))
+
+
+@pytest.mark.parametrize("table", ["model", "data", "training", "prune"])
+def test_a_missing_table_is_named(table):
+    lines, kept, inside = BASE.splitlines(), [], False
+    for line in lines:
+        inside = line == f"[{table}]" if line.startswith("[") else inside
+        kept += [] if inside else [line]
+    assert f"the table [{table}] is missing" in refused("\n".join(kept))
+
+
+def test_every_mistake_is_listed_at_once():
+    said = refused(BASE, "training.epoch=3", "model.nam=x")
+    assert "[training] epoch" in said and "[model] nam" in said
+
+
+def test_not_toml_and_not_there(tmp_path):
+    assert "is not valid TOML" in refused("name = ")
+    (tmp_path / "small.toml").write_text(BASE)
+    with pytest.raises(DualpruneError, match=r"no recipe .*smal\.toml', did you mean 'small\.toml'\?"):
+        load_recipe(tmp_path / "smal.toml")
+
+
+def test_methods_are_built():
+    from dualprune import ADMM, SLR, Geometric, GradualMagnitude, Magnitude
+
+    text = (
+        BASE
+        + """
+[methods.paper]
+kind = "slr"
+base = "paper"
+s0 = 0.02
+[methods.admm]
+kind = "admm"
+rho = { start = 0.01, end = 2.0 }
+[methods.free]
+kind = "slr"
+cap = "none"
+rho = 0.3
+[methods.gradual]
+kind = "gradual"
+lr = 0.2
+"""
+    )
+    recipe = parse_recipe(text)
+    assert recipe.method("slr").build() == SLR()
+    assert recipe.method("oneshot").build() == Magnitude()
+    assert recipe.method("gradual").build() == GradualMagnitude()
+    assert recipe.method("paper").build() == SLR.paper(s0=0.02)
+    assert recipe.method("admm").build() == ADMM(rho=Geometric(0.01, 2.0))
+    assert recipe.method("free").build() == SLR(rho=0.3, cap=None)
+    assert (recipe.lr("gradual"), recipe.lr("slr")) == (0.2, 0.05)
+    assert recipe.with_lr("slr", 0.3).lr("slr") == 0.3 and recipe.lr("slr") == 0.05
+    with pytest.raises(DualpruneError, match="has no method 'gradul', did you mean 'gradual'"):
+        recipe.method("gradul")
+
+
+def test_patterns_take_a_pattern_a_sparsity_or_both():
+    from dualprune import NM, Filter
+
+    patterns = '\n[prune.patterns]\n"conv2*" = "2:4"\nconv3 = 0.5\nconv4 = { pattern = "filter", sparsity = 0.25 }\n'
+    recipe = parse_recipe(BASE.replace("[methods.slr]", f"{patterns}[methods.slr]"))
+    assert recipe.patterns() == {"conv2*": NM(2, 4), "conv3": 0.5, "conv4": (Filter(), 0.25)}
+
+
+def test_toml_round_trip():
+    text = BASE.replace('[methods.slr]\nkind = "slr"', '[methods.slr]\nkind = "slr"\nrho = { start = 0.1, end = 1.5 }')
+    recipe = parse_recipe(text, ['prune.patterns={"layer*.conv?"="2:4"}', "prune.ignore=[]", 'paper={"a b"=1.5}'])
+    assert parse_recipe(recipe.to_toml()) == recipe
+
+
+def test_toml_of_awkward_strings():
+    import tomllib
+
+    table = {
+        "a b": 'quote " and \\ back',
+        "é": "line\nbreak\x7f",
+        "inf": math.inf,
+        "list": [1, {"x": "y"}],
+        "t": {"u": {}},
+    }
+    assert tomllib.loads(dump_toml(table)) == table
+
+
+def test_overrides_are_toml_values_or_bare_words():
+    recipe = parse_recipe(BASE, ["training.lr=0.2", "model.name=resnet20", "data.augment=false", 'name="x"'])
+    assert (recipe.training.lr, recipe.model.name, recipe.data.augment, recipe.name) == (0.2, "resnet20", False, "x")
+
+
+def test_fingerprint_follows_what_decides_the_numbers():
+    one = parse_recipe(BASE)
+    same = parse_recipe(BASE, ["paper.slr=1.0", "methods.oneshot.lr=1.0", "data.root=/x", "training.checkpoint_minutes=1"])
+    assert one.fingerprint("slr", 0, "test") == same.fingerprint("slr", 0, "test")
+    prints = {
+        one.fingerprint(label, seed, split) for label in one.methods for seed in (0, 1) for split in ("test", "validation")
+    }
+    changed = [
+        parse_recipe(BASE, [override]) for override in ("training.lr=0.1", "prune.rate=11", "methods.slr.s0=0.2", "seed=3")
+    ]
+    prints |= {other.fingerprint("slr", 0, "test") for other in changed}
+    assert len(prints) == 12
+
+
+def test_weights_are_looked_for_beside_the_recipe_here_and_in_the_environment(tmp_path, monkeypatch):
+    path, store = tmp_path / "recipes" / "small.toml", tmp_path / "store"
+    path.parent.mkdir()
+    store.mkdir()
+    path.write_text(BASE.replace('name = "digits-cnn"', 'name = "digits-cnn"\nweights = "w.safetensors"'))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DUALPRUNE_WEIGHTS", str(store))
+    recipe = load_recipe(path)
+    with pytest.raises(DualpruneError, match="DUALPRUNE_WEIGHTS"):
+        recipe.weights_path()
+    for folder in (store, Path(), path.parent):
+        (folder / "w.safetensors").write_bytes(b"")
+        assert recipe.weights_path() == folder / "w.safetensors"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant", "step"])
+def test_the_learning_rate_is_a_function_of_the_step(schedule):
+    recipe = parse_recipe(BASE, [f"training.schedule={schedule}", "training.warmup_epochs=1"])
+    lrs = [recipe.training.lr_at(step, 30, 10) for step in range(30)]
+    assert lrs[:10] == pytest.approx([0.05 * (i + 1) / 11 for i in range(10)])
+    assert lrs[10] == 0.05 and max(lrs) == 0.05
+    expected = {"cosine": 0.025, "constant": 0.05, "step": 0.005}[schedule]
+    assert lrs[20] == pytest.approx(expected)
+    assert all(lr > 0 for lr in lrs)
+
+
+def test_the_embedded_demo_is_a_valid_recipe():
+    text = resources.files("dualprune").joinpath("recipes/digits-demo.toml").read_text(encoding="utf-8")
+    recipe = parse_recipe(text)
+    assert list(recipe.methods) == ["oneshot", "gradual", "admm-published", "admm", "slr"]
+    assert len({recipe.epochs(label) for label in recipe.methods} - {0}) == 1
+
+
+def test_importing_recipes_does_not_import_torch():
+    code = "import sys, dualprune.recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
