@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 import helpers
 
+torch.set_num_threads(1)  # on tensors this small threads only wait for each other
+
 
 @pytest.fixture
 def net() -> nn.Sequential:

@@ -282,7 +282,7 @@ class Pruner:
         """One dict per pruned parameter: name, shape, pattern, kept and total weights."""
         return [
             {"name": t.name, "shape": list(t.weight.shape), "pattern": str(t.pattern),
-             "kept": int(mask.sum()), "total": t.weight.numel()}
+             "kept": int(torch.count_nonzero(mask)), "total": t.weight.numel()}
             for t, mask in zip(self.problem.targets, self.masks.values(), strict=True)
         ]  # fmt: skip
 

@@ -67,7 +67,7 @@ class GradualSolver(Solver):
         masks = self.problem.masks(self.problem.weights, self.method.sparsity_scale(clock.progress))
         flips, total = 0, 0
         for drop, mask in zip(self.tensors["drop"], masks, strict=True):
-            flips += int((drop == mask).sum())
+            flips += int(torch.count_nonzero(drop == mask))
             total += drop.numel()
             drop.copy_(~mask)
         return {"support_change": flips / max(total, 1)}
