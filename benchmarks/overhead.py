@@ -95,7 +95,7 @@ def main() -> None:
         figures[name] = measure(make(), x, y, rounds=3 if args.quick else 12, device=args.device)
         rows = {key: figures[name][key] for key in ("whole_steps", "one_plus_hook_over_step")}
         table(f"{name}, {figures[name]['parameters']:,} parameters, {tuple(shape)}", rows)
-    report(args, "overhead", figures)
+        report(args, "overhead", figures)  # after each, so that an interrupted run keeps what it has
 
 
 def _count(optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -292,3 +292,25 @@ def test_recalibration_repairs_what_the_cut_did_to_the_statistics(trained):
         attach(net, None, Magnitude(), sparsity=0.6, ignore=()).finish(calibrate=batches)
         cut[batches is not None] = accuracy(net)
     assert cut[True] > cut[False] + 0.05, cut
+
+
+def test_a_new_optimizer_is_followed_and_keeps_the_zeros(net):
+    pruner = attach(net, old := sgd(net), SLR(), rate=10, ignore=(), total_steps=40)
+    train(net, old, range(40), pruner)
+    pruner.finish()
+    zeros = {name: ~mask for name, mask in pruner.masks.items()}
+    new = torch.optim.Adam(net.parameters(), 1e-2)
+    pruner.follow(new)
+    train(net, new, range(40, 50))
+    assert all(bool((p[zeros[name]] == 0).all()) for name, p in net.named_parameters() if name in zeros)
+    steps = pruner.step_count
+    old.step()  # no longer hooked
+    assert pruner.step_count == steps
+
+
+def test_follow_refuses_an_optimizer_of_another_model(net):
+    pruner = attach(net, sgd(net), SLR(), rate=10, ignore=(), total_steps=40)
+    with pytest.raises(DualpruneError, match=r"lacks pruned parameters: 0\.weight"):
+        pruner.follow(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1))
+    with pytest.raises(DualpruneError, match="expected a torch optimizer, got Linear"):
+        pruner.follow(nn.Linear(2, 2))

@@ -72,12 +72,10 @@ def attach(
         raise DualpruneError(f"attach(model, optimizer, method): expected a torch module, got {type(model).__name__}")
     if optimizer is None and not isinstance(method, Magnitude):
         raise DualpruneError(f"{type(method).__name__} works through an optimizer's steps: pass the one of your loop")
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise DualpruneError(f"expected a torch optimizer, got {type(optimizer).__name__}; pass the one your loop steps")
+    if optimizer is not None:
+        _check_optimizer(optimizer)
     if isinstance(method, SLR | ADMM) and any(group.get("maximize") for group in optimizer.param_groups):  # type: ignore[union-attr]
         raise DualpruneError("maximize=True would climb the penalty too: minimise the negated objective instead")
-    if optimizer is not None and optimizer in _attached:
-        raise DualpruneError("this optimizer has a pruner already: call its detach() before attaching another")
     total_steps = _check_steps("total_steps", total_steps)
     if method.needs_total_steps and total_steps is None:
         raise DualpruneError(f"{type(method).__name__} moves with the run: pass total_steps=epochs * len(loader)")
@@ -119,11 +117,7 @@ class Pruner:
                 self._drops = self.solver.tensors["drop"]
         self._hooks: list[Any] = []
         if optimizer is not None:
-            self._hooks = [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            ]
-            _attached.add(optimizer)
+            self._hook(optimizer)
 
     # ------------------------------------------------------------------ during training
 
@@ -271,6 +265,22 @@ class Pruner:
         if self.optimizer is not None:
             _attached.discard(self.optimizer)
 
+    def follow(self, optimizer: Optimizer) -> None:
+        """Move over to another optimizer of the same model, such as one made anew for masked retraining; state and masks stay.
+
+        Raises:
+            DualpruneError: this is no optimizer, another pruner is attached to it, or it lacks a pruned parameter.
+        """
+        _check_optimizer(optimizer)
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if missing := [t.name for t in self.problem.targets if id(t.weight) not in owned]:
+            raise DualpruneError(
+                f"the optimizer lacks pruned parameters: {', '.join(missing[:4])}; give it those of this model"
+            )
+        self.detach()
+        self.optimizer = optimizer
+        self._hook(optimizer)
+
     @property
     def masks(self) -> dict[str, Tensor]:
         """Boolean masks by parameter name, True = keep: those in force, or those a cut now would give."""
@@ -353,6 +363,13 @@ class Pruner:
 
     # ------------------------------------------------------------------ private
 
+    def _hook(self, optimizer: Optimizer) -> None:
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        _attached.add(optimizer)
+
     def _final_drops(self) -> list[Tensor]:
         if self._drops is not None and (self.finished or self._holding):
             return self._drops
@@ -420,6 +437,13 @@ def _check_steps(what: str, value: int | None) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise DualpruneError(f"{what} is a number of optimizer steps, a whole number of at least 1, got {value!r}")
     return value
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise DualpruneError(f"expected a torch optimizer, got {type(optimizer).__name__}; pass the one your loop steps")
+    if optimizer in _attached:
+        raise DualpruneError("this optimizer has a pruner already: call its detach() before attaching another")
 
 
 def _overflowed(optimizer: Optimizer) -> bool:
