@@ -159,3 +159,10 @@ def test_nothing_to_draw_gives_an_empty_figure() -> None:
     for draw in (plots.accuracy_after_cutting, plots.violation, plots.dual_bound, plots.conditions):
         for runs in ({}, {"slr": []}, {"slr": [[]]}):
             assert plots.to_svg(draw(runs), "empty", "nothing").startswith("<svg")  # type: ignore[operator]
+
+
+def test_a_log_axis_with_a_tick_at_zero_is_drawn():
+    rows = [{"step": 1 + i, "rho": 0.1, "s": 0.1, "violation": v, "z_change": v} for i, v in enumerate((0.9, 2.0))]
+    for figure in (plots.violation({"admm": [rows]}), plots.step_and_penalty({"admm": [rows]})):
+        assert "<svg" in plots.to_svg(figure, "x", "x")
+    assert plots._power(0.0) == ""

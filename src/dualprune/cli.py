@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import resources
 from pathlib import Path
@@ -41,6 +42,8 @@ def demo(
     from dualprune.compare import compare as run_all
     from dualprune.recipe import parse_recipe
 
+    # the network is tiny: more threads would only wait for each other. Set before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     text = resources.files("dualprune").joinpath("recipes/digits-demo.toml").read_text(encoding="utf-8")
     table = run_all(parse_recipe(text), folder=out, resume=not fresh, progress=_progress(), device="cpu")
     _show_comparison(table, out)

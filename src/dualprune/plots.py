@@ -364,6 +364,8 @@ def _rgba(values: np.ndarray) -> np.ndarray:
 
 
 def _power(value: float, _: object = None) -> str:
+    if value <= 0:
+        return ""  # a plain locator may put a tick at zero, where a log axis has no place
     if 0.001 <= value <= 1000:
         return f"{value:g}"
     exponent = round(math.log10(value))
