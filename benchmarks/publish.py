@@ -63,8 +63,7 @@ def publish(folder: Path) -> None:
     write_json(target, {"recipe": folder.name, "tune": grid, "runs": runs})
     if runs:
         table = markdown(runs, grid)
-        insert(ROOT / "docs" / "results.md", folder.name, table)
-        draw(folder.name, runs)
+        insert(ROOT / "docs" / "results.md", folder.name, "\n\n".join([table, *draw(folder.name, runs)]))
         seeds = [r["seed"] for r in runs if r["label"] == "slr"]
         if seeds:  # the first seed's weights, not the best seed's
             shutil.copy(folder / f"slr-seed{min(seeds)}" / "pruned.safetensors", target.with_suffix(".safetensors"))
@@ -75,7 +74,7 @@ def publish(folder: Path) -> None:
 def read_run(place: Path) -> dict[str, Any]:
     """Return what is worth keeping of a run: its result, its epochs and its history."""
     result = json.loads((place / "result.json").read_text())
-    files = {kind: place / f"{kind}.jsonl" for kind in ("epochs", "history")}
+    files = {"curve": place / "epochs.jsonl", "history": place / "history.jsonl"}
     rows = {k: [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else [] for k, file in files.items()}
     return {"label": result["label"], **{key: result.get(key) for key in PER_RUN}, "paper": result.get("paper"), **rows}
 
@@ -114,13 +113,20 @@ def markdown(runs: list[dict[str, Any]], tune: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def draw(name: str, runs: list[dict[str, Any]]) -> None:
-    """Draw Fig. 1 (accuracy after cutting by epoch) and Fig. 9 (surrogate conditions) of the SLR paper from our runs."""
+CAPTIONS = {
+    "fig1": "Accuracy after cutting by epoch (Fig. 1 of the paper, from our runs)",
+    "fig9": "Surrogate conditions over the updates (Fig. 9 of the paper, from our runs)",
+    "violation": "Distance between weights and sparse copies",
+}
+
+
+def draw(name: str, runs: list[dict[str, Any]]) -> list[str]:
+    """Draw Fig. 1 (accuracy after cutting by epoch) and Fig. 9 (conditions) of the SLR paper from these runs; return links."""
     epochs: dict[str, list[Any]] = {}
     histories: dict[str, list[Any]] = {}
     for run in runs:
-        if run["epochs"]:
-            epochs.setdefault(run["label"], []).append(run["epochs"])
+        if run["curve"]:
+            epochs.setdefault(run["label"], []).append(run["curve"])
             histories.setdefault(run["label"], []).append(run["history"])
     folder = ROOT / "docs" / "figures"
     folder.mkdir(exist_ok=True)
@@ -130,10 +136,11 @@ def draw(name: str, runs: list[dict[str, Any]]) -> None:
     if plots.has(histories, "violation"):
         figures["violation"] = plots.violation({k: v for k, v in histories.items() if plots.has({k: v}, "violation")})
     for which, figure in figures.items():
-        svg = plots.to_svg(figure, which, f"{name}: {which}")
+        svg = plots.to_svg(figure, which, f"{name}: {CAPTIONS[which]}")
         if "xmlns=" not in svg:  # a file of its own needs the name space that a page lends
             svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
         write_text(folder / f"{name}-{which}.svg", svg)
+    return [f"![{CAPTIONS[which]}](figures/{name}-{which}.svg)" for which in figures]
 
 
 def insert(page: Path, name: str, table: str) -> None:
