@@ -22,6 +22,32 @@ METHODS = {
 }
 
 
+# a run of seconds that has all a run has
+TINY_RECIPE = """
+name = "tiny"
+[model]
+name = "mlp"
+options = { hidden = [24, 16] }
+[data]
+name = "digits"
+[training]
+epochs = 2
+lr = 0.05
+batch_size = 256
+[prune]
+rate = 5
+calibrate = 64
+[methods.slr]
+kind = "slr"
+updates_per_epoch = 2
+[methods.gradual]
+kind = "gradual"
+updates_per_epoch = 3
+[methods.oneshot]
+kind = "oneshot"
+"""
+
+
 @cache
 def digits() -> tuple[Tensor, Tensor]:
     """Return scikit-learn's 1,797 handwritten digits, scaled to [0, 1], and their labels."""

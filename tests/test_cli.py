@@ -9,32 +9,9 @@ import sys
 import pytest
 
 from dualprune.cli import main
+from helpers import TINY_RECIPE
 
-TINY = """
-name = "tiny"
-[model]
-name = "mlp"
-options = { hidden = [24, 16] }
-[data]
-name = "digits"
-[training]
-epochs = 2
-lr = 0.05
-batch_size = 256
-[prune]
-rate = 5
-calibrate = 64
-[methods.slr]
-kind = "slr"
-updates_per_epoch = 2
-[methods.gradual]
-kind = "gradual"
-updates_per_epoch = 3
-[methods.oneshot]
-kind = "oneshot"
-[paper]
-slr = 91.5
-"""
+TINY = TINY_RECIPE + "[paper]\nslr = 91.5\n"
 
 
 @pytest.fixture

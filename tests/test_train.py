@@ -15,30 +15,7 @@ from dualprune.errors import DualpruneError, FormatError
 from dualprune.progress import Silent
 from dualprune.recipe import parse_recipe
 from dualprune.train import Interrupted, RunError, run
-
-TINY = """
-name = "tiny"
-[model]
-name = "mlp"
-options = { hidden = [24, 16] }
-[data]
-name = "digits"
-[training]
-epochs = 2
-lr = 0.05
-batch_size = 256
-[prune]
-rate = 5
-calibrate = 64
-[methods.slr]
-kind = "slr"
-updates_per_epoch = 2
-[methods.gradual]
-kind = "gradual"
-updates_per_epoch = 3
-[methods.oneshot]
-kind = "oneshot"
-"""
+from helpers import TINY_RECIPE as TINY
 
 DROPOUT_NET = """
 import torch
