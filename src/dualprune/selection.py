@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dualprune import kernels
+from dualprune.scratch import Scratch
 
-Values = Callable[[int], Iterable[Tensor]]  # stride ↦ every stride-th value of each part, in flat pieces of one dtype
+# stride ↦ every stride-th value of each part, in flat pieces of one dtype; with stride 1 on a CPU, a piece may lie where the
+# last one lay
+Values = Callable[[int], Iterable[Tensor]]
 
-_SAMPLE = 1 << 15
+_SAMPLE = 1 << 16
 _CHUNK = 1 << 18  # elements; a chunk and its scratch stay in a core's second-level cache
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -73,12 +75,12 @@ def kth_largest(values: Values, k: int, total: int) -> Kth:
         kth, counts = kernels.radix_select([v.contiguous().view(integers) for v in values(1)], k)
         return Kth(kth.view(first.dtype), *counts.tolist())
 
-    def magnitudes(stride: int) -> Iterator[Tensor]:
-        return (_magnitude(v.view(integers)) for v in values(stride))
+    def bits(stride: int) -> Iterator[Tensor]:
+        return (v.view(integers) for v in values(stride))
 
-    low, high = _bracket(magnitudes, k, total)
+    low, high = _bracket(bits, k, total)
     while True:
-        above, inside = _split(magnitudes, low, high)
+        above, inside = _split(bits, low, high)
         candidates = torch.cat(inside)
         if above >= k:  # the bracket lies too low: a sample can mislead on structured data
             low, high = high, None
@@ -93,7 +95,7 @@ def kth_largest(values: Values, k: int, total: int) -> Kth:
 class Cut:
     """The k largest magnitudes as a threshold instead of a mask; ties at it are kept from the first one on.
 
-    A cut is used once: called with the values, piece by piece in row-major order, it returns them with zeros where they
+    A cut is used once: called with the values, piece by piece in row-major order, it puts zeros where they
     are dropped. Unlike a mask it takes no memory, and one pass less.
     """
 
@@ -106,8 +108,8 @@ class Cut:
                 self.below = float((kth.view(BITS[kth.itemsize]) - 1).view(kth.dtype))  # the next smaller float
 
     def __call__(self, v: Tensor) -> Tensor:
-        """Return the next piece, cut."""
-        kept = F.hardshrink(v, self.below)  # |v| ≥ threshold
+        """Cut the next piece, in place, and return it."""
+        kept = torch.hardshrink(v, self.below, out=v)  # |v| ≥ threshold
         if self.surplus:
             tied = (v.abs() == self.threshold).nonzero(as_tuple=True)
             kept[tuple(t[max(self.ties, 0) :] for t in tied)] = 0
@@ -123,31 +125,47 @@ def _kth_largest(flats: Sequence[Tensor], k: int) -> Kth:
     return kth_largest(lambda stride: (f[::stride] for f in flats) if stride > 1 else _chunks(flats), k, total)
 
 
-def _bracket(magnitudes: Values, k: int, total: int) -> tuple[int | None, int | None]:
+def _bracket(bits: Values, k: int, total: int) -> tuple[int | None, int | None]:
     """Return integers low ≤ answer < high, very likely; None stands for no bound on that side."""
     if total <= 2 * _SAMPLE:
         return None, None
     stride = total // _SAMPLE
-    sample = torch.cat(list(magnitudes(stride))).sort(descending=True).values
-    centre = sample.numel() * k / total
-    spread = 4 * (centre * (1 - k / total)) ** 0.5 + 8
-    left, right = int(centre - spread), int(centre + spread)
-    high = int(sample[left]) if left >= 0 else None
-    low = int(sample[right]) if right < sample.numel() else None
+    sample = torch.cat([_magnitude(b) for b in bits(stride)])
+    size = sample.numel()
+    centre = size * k / total
+    spread = 3 * (centre * (1 - k / total)) ** 0.5 + 8
+    left, right = int(centre - spread), int(centre + spread)  # ranks from the largest, counted from 0
+    high = int(sample.kthvalue(size - left).values) if left >= 0 else None
+    low = int(sample.kthvalue(size - right).values) if right < size else None
     return low, (high + 1 if high is not None else None)
 
 
-def _split(magnitudes: Values, low: int | None, high: int | None) -> tuple[int, list[Tensor]]:
+def _split(bits: Values, low: int | None, high: int | None) -> tuple[int, list[Tensor]]:
     """Count the magnitudes ≥ high and collect those in [low, high)."""
-    above, inside = 0, []
-    for magnitude in magnitudes(1):
-        wanted = None if low is None else magnitude >= low
+    above, inside, room = 0, [], Scratch()
+    for piece in bits(1):
+        if low is None and high is None:
+            inside.append(_magnitude(piece))
+            continue
+        magnitude = torch.bitwise_and(piece, torch.iinfo(piece.dtype).max, out=room.like(piece, "magnitude"))
+        # flags are 1 and 0 in the magnitudes' own dtype: on a CPU booleans cost several times as much
+        wanted = torch.ge(magnitude, 0 if low is None else low, out=room.like(piece, "wanted"))
         if high is not None:
-            over = magnitude >= high
-            above += int(torch.count_nonzero(over))
-            wanted = ~over if wanted is None else wanted ^ over
-        inside.append(magnitude if wanted is None else magnitude[wanted])
+            over = torch.ge(magnitude, high, out=room.like(piece, "over"))
+            above += int(over.sum(dtype=torch.int32))
+            wanted -= over
+        inside.append(_gather(magnitude, wanted))
     return above, inside
+
+
+def _gather(values: Tensor, wanted: Tensor) -> Tensor:
+    """Return values[wanted == 1] of few wanted: eight flags are a 64-bit word, and only words that are not zero are opened."""
+    if values.numel() % 8:
+        return values[wanted.bool()]
+    flags = wanted.to(torch.int8)
+    words = flags.view(torch.int64).nonzero().squeeze(1)
+    opened, flags = (t.view(-1, 8).index_select(0, words) for t in (values, flags))
+    return opened[flags.view(torch.bool)]
 
 
 def _magnitude(bits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dualprune.distributed import agree, local, total
+from dualprune.scratch import Scratch
 from dualprune.selection import BITS, Cut, memory_order
 
 Tensors = Sequence[Tensor]
@@ -35,11 +36,11 @@ def chunks(*lists: Tensors) -> Iterator[tuple[Tensor, ...]]:
 
 def lagrangian_terms(W: Tensors, Z: Tensors, lam: Tensors) -> tuple[float, float]:
     """Return ⟨Λ, W − Z⟩ and ‖W − Z‖², accumulated in double precision over chunks."""
-    rows = []
+    rows, room = [], Scratch()
     for whole in zip(W, Z, lam, strict=True):
         terms = []
         for w, z, multiplier in chunks(*([t] for t in whole)):
-            gap = w - z.to(w.device)
+            gap = _gap(w, z, room)
             terms.append(torch.stack([_dot(multiplier.to(w.device), gap).double(), _dot(gap, gap).double()]))
         rows.append(torch.stack(terms).sum(0))
     inner, square = total(rows, W).tolist() if rows else (0.0, 0.0)
@@ -48,38 +49,26 @@ def lagrangian_terms(W: Tensors, Z: Tensors, lam: Tensors) -> tuple[float, float
 
 def ascend_(lam: Tensors, s: float, W: Tensors, Z: Tensors) -> None:
     """Λ ← Λ + s(W − Z), in place."""
+    room = Scratch()
     for multiplier, w, z in chunks(lam, W, Z):
-        multiplier.add_((w - z.to(w.device)).to(multiplier.device), alpha=s)
-
-
-class Scratch:
-    """Memory that is made once and then used at every step, so that a step allocates nothing."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-    def like(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return memory of t's shape, with whatever the last user left in it."""
-        key = (dtype or t.dtype, t.device)
-        if key not in self._made or self._made[key].numel() < t.numel():
-            self._made[key] = torch.empty(t.numel(), dtype=key[0], device=key[1])
-        return self._made[key][: t.numel()].view(t.shape)
+        gap = _gap(w, z, room)
+        multiplier.add_(gap.to(multiplier.device), alpha=s)
 
 
 def pull_outside_(grad: Tensor, w: Tensor, z: Tensor, lam: Tensor, rho: float, scale: Tensor | None, room: Scratch) -> None:
     """Add scale·(Λ + ρW) to the gradient where Z is zero, in place."""
-    kept = torch.ne(z, 0, out=room.like(z, torch.bool))
-    pull = torch.add(w, lam, alpha=1 / rho, out=room.like(w)).masked_fill_(kept, 0)
-    if scale is None:
-        grad.add_(pull, alpha=rho)
-    else:
-        grad.addcmul_(pull, scale, value=rho)
+    outside = torch.eq(z, 0, out=room.like(w, "outside"))
+    if scale is not None:
+        outside.mul_(scale)
+    grad.addcmul_(outside, lam).addcmul_(outside, w, value=rho)
 
 
 def follow_(Z: Tensors, W: Tensors, lam: Tensors, rho: float) -> None:
     """Z ← W + Λ/ρ where Z is not zero: the best Z with this support (eq. 10)."""
+    room, V = Scratch(), Shifted(W, lam, rho)
     for z, w, multiplier in chunks(Z, W, lam):
-        z.copy_(torch.add(w, multiplier.to(w.device), alpha=1 / rho).masked_fill_((z == 0).to(w.device), 0))
+        kept = torch.ne(z, 0, out=room.like(z, "kept")).to(w.device)
+        z.copy_(V.form(w, multiplier, room.like(w, "v")).mul_(kept))
 
 
 class Shifted:
@@ -91,9 +80,9 @@ class Shifted:
     def __iter__(self) -> Iterator[Tensor]:
         return map(self.form, self.W, self.lam)
 
-    def form(self, w: Tensor, multiplier: Tensor) -> Tensor:
-        """Return the piece of V at a piece of W and the same of Λ."""
-        return torch.add(w, multiplier.to(w.device), alpha=1 / self.rho).to(w.dtype)
+    def form(self, w: Tensor, multiplier: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the piece of V at a piece of W and the same of Λ, in memory of w's dtype if given."""
+        return torch.add(w, multiplier.to(w.device), alpha=1 / self.rho, out=out).to(w.dtype)
 
     def cut(self, members: Sequence[int], k: int) -> Cut | None:
         """Return the cut that keeps the k largest magnitudes of the tensors with the indices `members`; None if a mask must.
@@ -101,10 +90,11 @@ class Shifted:
         It must where elements at the threshold tie and the memory of a tensor is not in the order in which ties are kept.
         """
         W, lam = ([tensors[i] for i in members if self.W[i].numel()] for tensors in (self.W, self.lam))
+        room = Scratch()
 
         def values(stride: int) -> Iterable[Tensor]:
             if stride == 1:
-                return (self.form(*piece).reshape(-1) for piece in chunks(W, lam))
+                return (self.form(w, m, _reused(room, w)).reshape(-1) for w, m in chunks(W, lam))
             return (self.form(*(_flat(t, w)[::stride] for t in (w, m))) for w, m in zip(W, lam, strict=True))
 
         cut = Cut(values, k, sum(w.numel() for w in W))
@@ -122,17 +112,18 @@ class Moved(NamedTuple):
 
 def replace_(Z: Tensors, V: Shifted, kept: Sequence[Kept]) -> Moved:
     """Z ← what is kept of V, and 0 elsewhere: one pass over W, Λ and Z, which also takes the sums at the new Z."""
-    rows = []
+    rows, room = [], Scratch()
     for z_whole, w_whole, lam_whole, keep in zip(Z, V.W, V.lam, kept, strict=True):
         masked = () if isinstance(keep, Cut) else keep
         terms = []
         for z, w, multiplier, *masks in chunks(*([t] for t in (z_whole, w_whole, lam_whole, *masked))):
-            new = keep(V.form(w, multiplier)) if isinstance(keep, Cut) else _masked(*masks)
+            new = keep(V.form(w, multiplier, room.like(w, "new"))) if isinstance(keep, Cut) else _masked(*masks)
             new = new.to(z.device, z.dtype)
-            flips = torch.count_nonzero((z != 0) ^ (new != 0))
-            step = z.sub_(new)
-            gap = w - new.to(w.device)
-            sums = (_dot(step, step), flips, _dot(multiplier.to(w.device), gap), _dot(gap, gap))
+            # 1 for nonzero in the dtype of the numbers themselves: on a CPU booleans cost several times as much
+            were, are = (torch.ne(t, 0, out=room.like(t, role)) for t, role in ((z, "were"), (new, "are")))
+            flips, step = were.sub_(are), z.sub_(new)
+            gap = _gap(w, new, room)
+            sums = (_dot(step, step), _dot(flips, flips), _dot(multiplier.to(w.device), gap), _dot(gap, gap))
             terms.append(torch.stack([t.to(w.device, torch.float64) for t in sums]))
             z.copy_(new)
         rows.append(torch.stack(terms).sum(0))
@@ -152,6 +143,14 @@ def all_finite(tensors: Tensors) -> bool:
 def _masked(point: Tensor, mask: Tensor) -> Tensor:
     bits = mask.to(BITS[point.itemsize]).neg_()  # all ones where kept: without branches, unlike a masked fill
     return bits.bitwise_and_(point.view(bits.dtype)).view(point.dtype)
+
+
+def _gap(w: Tensor, z: Tensor, room: Scratch) -> Tensor:
+    return torch.sub(w, z.to(w.device), out=room.like(w, "gap", torch.promote_types(w.dtype, z.dtype)))
+
+
+def _reused(room: Scratch, w: Tensor) -> Tensor | None:
+    return room.like(w, "v") if w.device.type == "cpu" else None  # a GPU's selection holds all pieces at once
 
 
 def _flat(t: Tensor, like: Tensor) -> Tensor:
