@@ -34,7 +34,8 @@ def main() -> None:
     w = layer.weight.detach()
     copy, kept, dropped = torch.empty_like(w), w.numel() // RATE, w.numel() - w.numel() // RATE
 
-    methods = {"SLR": dualprune.SLR(rho=0.1, ramp=0, hold=0), "SLR, papers": dualprune.SLR.paper(), "ADMM": dualprune.ADMM.paper()}
+    slr, papers, admm = dualprune.SLR(rho=0.1, ramp=0, hold=0), dualprune.SLR.paper(), dualprune.ADMM.paper()
+    methods = {"SLR": slr, "SLR, papers": papers, "ADMM": admm}
     pruners = {name: _pruner(layer, method) for name, method in methods.items()}
     falling = itertools.count()
 
