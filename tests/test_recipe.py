@@ -330,3 +330,28 @@ def test_the_recipes_are_recipes(path):
 def test_importing_recipes_does_not_import_torch():
     code = "import sys, dualprune.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_distillation_is_parsed_and_part_of_the_fingerprint():
+    plain, taught = parse_recipe(BASE), parse_recipe(BASE, ["training.distill={}"])
+    assert plain.training.distill is None
+    assert (taught.training.distill.weight, taught.training.distill.temperature) == (0.9, 4.0)
+    assert parse_recipe(taught.to_toml()) == taught
+    assert plain.fingerprint("slr", 0, "test") != taught.fingerprint("slr", 0, "test")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.distill={weight=0}", "[training.distill] weight"),
+        ("training.distill={weight=1.1}", "[training.distill] weight"),
+        ("training.distill={temperature=0}", "[training.distill] temperature"),
+        ("training.distill={temprature=2}", "unknown key, did you mean 'temperature'?"),
+    ],
+)
+def test_impossible_distillation_is_explained(override, said):
+    assert said in refused(BASE, override)
+
+
+def test_distillation_needs_labelled_images():
+    assert "[training.distill] is for task = 'classification'" in refused(BASE + "[training.distill]\n", "task=lanes")

@@ -354,6 +354,37 @@ def test_bfloat16_and_channels_last(dropout_net):
     assert {weight.dtype for weight in weights.values()} == {torch.float32, torch.int64}
 
 
+def test_distillation_adds_the_softened_divergence_from_the_dense_answers(tiny):
+    taught = parse_recipe(TINY, ["training.distill={weight=0.7,temperature=3}"])
+    task, plain = build_task(taught), build_task(tiny)
+    model, teacher = task.model(), task.model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.3)
+    x, y = batch = next(task.train_batches(batch_size=32, seed=0, epoch=0))
+    alone = task.loss(model, batch, taught.training)
+    assert torch.equal(alone, plain.loss(model, batch, tiny.training))
+    task.teacher = teacher
+    with torch.no_grad():
+        ours, theirs = (net(x).div(3).softmax(1).double() for net in (model, teacher))
+        apart = float((theirs * (theirs / ours).log()).sum()) / len(y)
+    assert task.loss(model, batch, taught.training).item() == pytest.approx(0.3 * alone.item() + 0.7 * 9 * apart, rel=1e-4)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_broken_distilled_run_learns_from_the_dense_model_and_not_from_the_checkpoint(dropout_net):
+    recipe = parse_recipe(TINY, ["model={name='dropout_net:net'}", "training.distill={}"])
+    plain = run(parse_recipe(TINY, ["model={name='dropout_net:net'}"]), "slr", out=dropout_net / "plain")
+    whole = run(recipe, "slr", out=dropout_net / "whole")
+    assert whole["dense"] == plain["dense"]
+    with pytest.raises(Interrupted):
+        run(recipe, "slr", out=dropout_net / "broken", progress=KillAfter(8))
+    run(recipe, "slr", out=dropout_net / "broken")
+    assert_bit_identical(*(dropout_net / place / "tiny" / "slr-seed0" for place in ("whole", "broken")))
+    histories = [rows(dropout_net / place / "tiny" / "slr-seed0" / "epochs.jsonl") for place in ("plain", "whole")]
+    assert histories[0][0]["loss"] != histories[1][0]["loss"]
+
+
 def test_tensorboard_gets_the_curves(tiny, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(tiny, "slr", out=tmp_path, tensorboard=True)

@@ -159,6 +159,13 @@ class AdversarialTable(_Table):
         return AttackSpec("pgd", self.eps, self.step or _usual_step(self.eps, steps), steps, start, crafting=self.crafting)
 
 
+class DistillTable(_Table):
+    """``[training.distill]``: beside the labels, learn what the dense model answers (Hinton et al. 2015)."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.9
+    temperature: Positive = 4.0
+
+
 class RobustTable(_Table):
     """``[robust]``: the attacks that the dense and the finished model are measured under, once each."""
 
@@ -220,6 +227,7 @@ class TrainingTable(OptimizerTable):
     compile: bool = False
     checkpoint_minutes: Positive = 5.0
     adversarial: AdversarialTable | None = None
+    distill: DistillTable | None = None
 
 
 class DenseTable(OptimizerTable):
@@ -477,8 +485,9 @@ class Recipe(_Table):
         table = self.model_dump(mode="json", exclude={"paper", "methods", "description"})
         del table["data"]["root"], table["training"]["checkpoint_minutes"]
         # younger than many a finished run, which has to keep its fingerprint
-        prune = table["prune"]
-        young = ((table, "robust"), (table["training"], "adversarial"), (prune, "keep_zeros"), (prune, "ties"), (prune, "bits"))
+        prune, training = table["prune"], table["training"]
+        young = [(table, "robust"), (training, "adversarial"), (training, "distill")]
+        young += [(prune, "keep_zeros"), (prune, "ties"), (prune, "bits")]
         for home, key in young:
             if not home[key]:
                 del home[key]
@@ -526,6 +535,9 @@ def parse_recipe(text: str, overrides: Iterable[str] = (), source: Path | None =
     for label, method in recipe.methods.items():
         _at(f"{where}: [methods.{label}]", method.check)
     _at(f"{where}: [prune.patterns]", recipe.patterns)
+    if recipe.training.distill and recipe.task != "classification":
+        said = f"[training.distill] is for task = 'classification', not for {recipe.task!r}; leave it out"
+        raise DualpruneError(f"{where}: {said}")
     _at(f"{where}: [{'robust' if recipe.robust else 'training.adversarial'}]", recipe.attacks)
     return recipe
 
@@ -638,7 +650,9 @@ def _known_keys(tables: Sequence[str]) -> list[str]:
     }  # fmt: skip
     if not tables:
         return list(Recipe.model_fields)
-    nested: dict[str, type[BaseModel]] = {"prune.patterns": LayerTable, "training.adversarial": AdversarialTable}
+    nested: dict[str, type[BaseModel]] = {
+        "prune.patterns": LayerTable, "training.adversarial": AdversarialTable, "training.distill": DistillTable,
+    }  # fmt: skip
     home = nested.get(".".join(tables[:2])) or homes.get(tables[0])
     return list(home.model_fields) if home else []
 

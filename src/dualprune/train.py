@@ -7,6 +7,7 @@ epoch, step), and everything else that changes is in one checkpoint that is eith
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import signal
@@ -203,6 +204,9 @@ def _run(job: _Job, tensorboard: bool) -> dict[str, Any]:
     if recipe.dense is not None:
         _train_dense(job, model)
     job.ranks.copy_(model)
+    if recipe.training.distill is not None:
+        teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        task.teacher = torch.compile(teacher) if recipe.training.compile else teacher
     layers_before = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim > 1}
     optimizer = _optimizer(recipe.training, model, recipe.lr(job.label))
     torch.manual_seed(job.seed + (job.ranks.rank << 32))  # each rank drops other activations

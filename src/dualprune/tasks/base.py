@@ -30,12 +30,14 @@ class Task(ABC):
     Attributes:
         metrics: the keys of what `measure` returns. The first one is the run's accuracy: in %, higher is better. So are the
             others, unless the task says otherwise.
+        teacher: the dense model, frozen, where the recipe has ``[training.distill]``: `loss` learns from it too.
     """
 
     metrics: ClassVar[tuple[str, ...]]
 
     def __init__(self, recipe: Recipe, split: str, device: torch.device) -> None:
         self.recipe, self.split, self.device = recipe, split, device
+        self.teacher: Callable[..., Any] | None = None
 
     @abstractmethod
     def model(self, *, with_weights: bool = True) -> nn.Module:

@@ -72,7 +72,18 @@ class Classification(Task):
                 x = self._adversary(model, x, y, self._pixels)
         with self.autocast():
             scores = forward(x)
-        return F.cross_entropy(scores.float(), y, label_smoothing=settings.label_smoothing)
+        loss = F.cross_entropy(scores.float(), y, label_smoothing=settings.label_smoothing)
+        return loss if self.teacher is None else self._distilled(loss, scores.float(), x)
+
+    def _distilled(self, loss: Tensor, scores: Tensor, x: Tensor) -> Tensor:
+        """Mix in T²·KL(teacher ‖ model) of the answers softened by the temperature T (Hinton et al. 2015, section 2)."""
+        table = self.recipe.training.distill
+        assert table is not None and self.teacher is not None
+        with torch.no_grad(), self.autocast():
+            taught = self.teacher(x).float()
+        soft, target = (F.log_softmax(t / table.temperature, dim=1) for t in (scores, taught))
+        apart = F.kl_div(soft, target, log_target=True, reduction="batchmean")
+        return (1 - table.weight) * loss + table.weight * table.temperature**2 * apart
 
     def measure(self, model: nn.Module) -> dict[str, float]:  # noqa: D102
         topk = (1, 5) if self.data.num_classes >= MANY_CLASSES else (1,)
