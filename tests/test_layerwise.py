@@ -317,7 +317,7 @@ def test_what_cannot_be_done_says_so_and_changes_nothing(model, chosen, said):
     [
         ([], DualpruneError, "no calibration data"),
         (torch.zeros(3, 6), DualpruneError, "put it into a list"),
-        ([object()], DualpruneError, "a calibration batch is a tensor"),
+        ([object()], DualpruneError, "calibration expects batches that are a tensor"),
         ([torch.full((3, 6), torch.nan)], NonFiniteError, "layers.0.0.weight: an input is NaN or infinite"),
     ],
 )

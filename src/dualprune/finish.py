@@ -53,7 +53,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any], group: Any 
             layer.momentum = None  # cumulative average
             layer.train()
         for batch in batches:
-            _forward(model, batch, device)
+            forward_batch(model, batch, device)
             seen += 1
         if not (seen := _average(layers, seen, group)):
             raise DualpruneError(
@@ -104,14 +104,15 @@ def _restore(layers: Iterable[_BatchNorm], saved: Iterable[Mapping[str, Tensor]]
             getattr(layer, k).copy_(value)
 
 
-def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
+def forward_batch(model: nn.Module, batch: Any, device: torch.device) -> None:
+    """Call the model with a batch, moved to the device: a tensor, a tuple that begins with one, or a mapping of arguments."""
     if isinstance(batch, Mapping):
         model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
         return
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(x, Tensor):
         raise DualpruneError(
-            f"batch-norm re-estimation expects batches that are a tensor, a tuple that begins with one, or a mapping; "
+            f"calibration expects batches that are a tensor, a tuple that begins with one, or a mapping; "
             f"got {type(batch).__name__} beginning with {type(x).__name__}"
         )
     model(x.to(device))

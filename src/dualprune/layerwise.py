@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dualprune.errors import DualpruneError, NonFiniteError, suggest
+from dualprune.finish import forward_batch
 from dualprune.pattern import Pattern
 from dualprune.patterns import check_sparsity, parse_pattern
 from dualprune.quadratic import LayerMethod, Quadratic, layer_method
@@ -252,7 +253,7 @@ def _within(name: str, outer: str) -> bool:
 
 def _trace(model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[Any]) -> _Chain:
     """Run the dense model once over the batches, and note how the blocks are called."""
-    chain = _Chain()
+    chain, device = _Chain(), next((p.device for p in model.parameters()), torch.device("cpu"))
     with ExitStack() as hooks:
         watch = _Watch(chain)
         for name, block in blocks.items():
@@ -260,7 +261,7 @@ def _trace(model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[
             hooks.callback(block.register_forward_hook(watch.leave(name)).remove)
         for batch in _checked(batches):
             watch.begin()
-            _forward(model, batch)
+            forward_batch(model, batch, device)
             if watch.batches > 1 and len(watch.ran) != len(chain.calls):
                 raise DualpruneError("the blocks that run differ from batch to batch; layer-wise pruning needs one chain")
     if not watch.batches:
@@ -339,19 +340,6 @@ def _checked(batches: Iterable[Any]) -> Iterable[Any]:
     if isinstance(batches, Tensor | str | Mapping):
         raise DualpruneError(f"expected an iterable of batches, got one {type(batches).__name__}: put it into a list")
     return batches
-
-
-def _forward(model: nn.Module, batch: Any) -> None:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(batch, Mapping):
-        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-        return
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(x, Tensor):
-        raise DualpruneError(
-            f"a calibration batch is a tensor, a tuple that begins with one, or a mapping; got {type(x).__name__}"
-        )
-    model(x.to(device))
 
 
 def _first(out: Any) -> Any:
