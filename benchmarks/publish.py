@@ -2,7 +2,8 @@
 
     python benchmarks/publish.py runs/resnet20-cifar10-10x runs/table1_resnet56-cifar10-small
 
-Every number comes from the runs' own result.json; nothing is typed by hand. Unfinished runs are left out.
+Every number comes from the runs' own result.json; nothing is typed by hand. Unfinished runs are left out, and so are
+runs on the validation split.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def main() -> None:
 
 def publish(folder: Path) -> None:
     """Publish one recipe's runs."""
-    runs = [read_run(place) for place in sorted(folder.glob("*-seed*")) if (place / "result.json").exists()]
+    places = [place for place in sorted(folder.glob("*-seed*")) if (place / "result.json").exists()]
+    runs = [run for run in map(read_run, places) if run["split"] == "test"]
     tune = folder / "tune.json"
     if not runs and not tune.exists():
         raise SystemExit(f"{folder}: no finished run (<label>-seed<n>/result.json) and no tune.json in it")
@@ -89,7 +91,8 @@ def markdown(runs: list[dict[str, Any]], tune: dict[str, Any] | None) -> str:
         spread = f" ± {statistics.stdev(cuts):.2f}" if len(cuts) > 1 else ""
         paper = (first["paper"] or {}).get(label)
         seeds = ", ".join(str(r["seed"]) for r in same)
-        tuned = "*" if tune and label in tune["methods"] else ""
+        choice = tune["methods"].get(label) if tune else None
+        tuned = "*" if choice and all(r["lr"] == choice["lr"] for r in same) else ""
         lr = f"{first['lr']:g}{tuned}" if first["epochs"] else "–"
         cells = [
             label,

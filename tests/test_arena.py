@@ -6,13 +6,15 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dualprune.errors import DualpruneError
 from dualprune.problem import build_problem
 from dualprune.progress import Silent
-from dualprune.recipe import load_recipe, parse_recipe
+from dualprune.recipe import digest, load_recipe, parse_recipe
 from helpers import TINY_RECIPE, same_bits, tiny_net, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +99,50 @@ def test_a_small_cell_runs_and_goes_on(arena, empty, monkeypatch):
     assert again == table, "what another method left stays, finished runs are read"
 
 
+def test_a_method_that_fails_is_reported_and_the_rest_goes_on(arena, empty, capsys, monkeypatch):
+    recipe = parse_recipe(SMALL, ["methods.gradual.trials=[{ lr = 1e30 }]"])
+    with pytest.raises(DualpruneError, match="tiny: gradual failed"):
+        arena.run_cell(recipe, ["gradual", "oneshot"], [1], empty / "runs", root=empty, device="cpu")
+    assert "tiny, gradual: " in capsys.readouterr().err
+    assert [row["label"] for row in arena.read(empty, "tiny")["rows"]] == ["oneshot"]
+
+    started = []
+    monkeypatch.setattr(arena.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(arena.subprocess, "run", lambda command: SimpleNamespace(returncode=int(not started.append(command))))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--cells", "lenet5-100x,lenet5-300x", "--methods", "slr"])
+    with pytest.raises(SystemExit) as end:
+        arena.main()
+    assert end.value.code == 1 and len(started) == 2
+    monkeypatch.setattr(arena, "run_cell", lambda *_, **__: arena.check_budgets(parse_recipe(UNEQUAL), ["gradual", "slow"]))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--cells", "lenet5-100x", "--methods", "slr"])
+    with pytest.raises(SystemExit, match="unequal budgets"):
+        arena.main()
+
+
+UNEQUAL = SMALL + '[methods.slow]\nkind = "gradual"\nepochs = 9\n'
+
+
+def test_a_cell_of_unequal_budgets_is_refused(arena, empty):
+    with pytest.raises(DualpruneError, match=r"unequal budgets in epochs \(gradual 2, slow 9\)"):
+        arena.run_cell(parse_recipe(UNEQUAL), ["oneshot"], [1], empty / "runs", root=empty, device="cpu")
+
+
+def test_rows_that_others_write_meanwhile_stay(arena, empty, monkeypatch):
+    recipe = parse_recipe(SMALL)
+    (gradual,) = arena.run_cell(recipe, ["gradual"], [1, 1], empty / "runs", root=empty, device="cpu")["rows"]
+    assert gradual["n"] == 1, "a seed named twice is one run"
+    saved = empty / "results/arena/tiny.json"
+    saved.unlink()
+
+    def meanwhile(*_, **__):
+        saved.write_text(json.dumps({"cell": "tiny", "rows": [gradual]}))
+        return gradual | {"label": "oneshot"}
+
+    monkeypatch.setattr(arena, "run_method", meanwhile)
+    rows = arena.run_cell(recipe, ["oneshot"], [1], empty / "runs", root=empty)["rows"]
+    assert [row["label"] for row in rows] == ["oneshot", "gradual"]
+
+
 def test_pat_cuts_to_the_asked_rate_and_resumes(arena, empty):
     pytest.importorskip("torchao")
     recipe = parse_recipe(SMALL, ["training.epochs=12"])
@@ -138,6 +184,17 @@ def test_pat_goes_on_where_it_was_interrupted(arena, tmp_path):
     assert {k: broken[k] for k in ("cut", "retrained", "kept")} == {k: whole[k] for k in ("cut", "retrained", "kept")}
     one, other = (torch.load(tmp_path / name / "pat-seed1/checkpoint.pt")["model"] for name in ("whole", "broken"))
     assert same_bits(one, other)
+
+
+def test_a_finished_run_of_pat_outlives_new_keys_of_recipes(arena, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    recipe, trial = parse_recipe(SMALL, ["training.epochs=1"]), {"lr": 0.05, "heal": 0.5}
+    first = arena.pat.run(recipe, trial, 1, tmp_path, device="cpu")
+    same = parse_recipe(SMALL, ["training.epochs=1", "training.checkpoint_minutes=9", "data.root=elsewhere"])
+    assert arena.pat.run(same, trial, 1, tmp_path, device="cpu") == first
+    assert first["recipe_sha256"] == digest(
+        recipe.deciding() | {"trial": trial, "run_seed": 1, "split": "test", "method": "pat"}
+    ) and "robust" not in recipe.deciding()  # fmt: skip
 
 
 def test_pat_refuses_other_patterns(arena):

@@ -44,6 +44,74 @@ from helpers import METHODS, batch, same_bits, sgd, snapshot, tiny_net, train
 PATTERNS = [Unstructured(), NM(2, 4), Block(4, 2), Filter(), Channel(), Column(), Kernel()]
 
 
+class Tokens(nn.Module):
+    """What a vision transformer has beside its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token, self.pos_embed = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
+        self.patch, self.norm = nn.Linear(12, 8), nn.LayerNorm((5, 8))
+        self.relative_position_bias_table = nn.Parameter(torch.randn(9, 2))
+        self.w1, self.head = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 3)
+        self.scaled = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+
+
+def test_by_default_only_layers_weights_are_pruned_and_the_rest_is_said() -> None:
+    problem = dualprune.problem.build_problem(Tokens(), rate=4)
+    assert [t.name for t in problem.targets] == ["patch.weight", "head.weight"]
+    assert problem.skipped["w1"] == "first layer"
+    assert problem.skipped["scaled.parametrizations.weight.original1"] == "last layer"
+    beside = ["cls_token", "pos_embed", "relative_position_bias_table", "norm.weight", "norm.bias"]
+    beside += ["scaled.parametrizations.weight.original0"]
+    assert {name for name, reason in problem.skipped.items() if reason == "no layer's weight"} == set(beside)
+    assert "no layer's weight: " in problem.describe()
+    named = dualprune.problem.build_problem(Tokens(), rate=4, patterns={"pos_embed": 0.5})
+    assert "pos_embed" in [t.name for t in named.targets]
+    everything = dualprune.problem.build_problem(Tokens(), rate=4, ignore=())
+    assert {*beside, "patch.weight", "w1", "head.weight"} <= {t.name for t in everything.targets}
+
+
+def test_a_state_of_another_budget_is_refused() -> None:
+    pruners = []
+    for budget in ("global", "uniform"):
+        model = tiny_net()
+        pruners.append(attach(model, sgd(model), SLR(), rate=4, total_steps=20, budget=budget))
+    with pytest.raises(DualpruneError, match=r"made with pooled \['3.weight', '6.weight'\], this pruner has \[\]"):
+        pruners[1].load_state_dict(pruners[0].state_dict())
+
+
+@pytest.mark.parametrize(("method", "every"), [(SLR(), 80), (SLR(), 100), (GradualMagnitude(), 101)])
+def test_a_period_that_leaves_no_update_is_refused(method: object, every: int) -> None:
+    model = tiny_net()
+    with pytest.raises(DualpruneError, match=f"every={every} leaves no update in the"):
+        attach(model, sgd(model), method, rate=4, total_steps=100, every=every)
+    pruner = attach(model, optimizer := sgd(model), SLR(), rate=4, total_steps=100, every=79)
+    train(model, optimizer, range(80), pruner)
+    assert len(pruner.history) == 1
+
+
+def test_following_an_optimizer_that_maximises_is_refused() -> None:
+    model = tiny_net()
+    pruner = attach(model, sgd(model), SLR(), rate=4, total_steps=20)
+    with pytest.raises(DualpruneError, match="maximize=True would climb the penalty"):
+        pruner.follow(torch.optim.SGD(model.parameters(), lr=0.1, maximize=True))
+
+
+def test_evaluating_weights_that_are_not_finite_is_refused() -> None:
+    model = tiny_net()
+    pruner = attach(model, sgd(model), SLR(), rate=4, total_steps=20)
+    with torch.no_grad():
+        model[3].weight.view(-1)[0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"3\.weight has NaN"), pruner.evaluate():
+        pass
+
+
+def test_weights_of_two_dtypes_share_no_threshold_and_that_is_said() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16())
+    described = dualprune.problem.build_problem(model, rate=4, ignore=(), budget="global").describe()
+    assert "no threshold is shared between bfloat16 on cpu and float32 on cpu" in described
+
+
 class Recorder:
     """A pre-hook that runs after the pruner's and keeps the gradients the optimizer will see."""
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from dualprune import train
 from dualprune.cli import main
 from helpers import TINY_RECIPE
 
@@ -59,6 +61,16 @@ def test_set_is_in_the_command_and_in_the_recipe_as_run(recipe, tmp_path):
     folder = tmp_path / "elsewhere/tiny/oneshot-seed3"
     assert json.loads((folder / "result.json").read_text())["command"].endswith("--seed 3 --set prune.rate=4")
     assert "rate = 4.0" in (folder / "recipe.toml").read_text()
+
+
+def test_what_a_shell_would_take_apart_is_quoted_in_the_command(recipe, tmp_path):
+    override = 'prune.patterns."fc2.weight"={ pattern = "2:4" }'
+    assert call("compare", recipe, "--methods", "oneshot", "--seeds", "3", "--set", override, "--split", "validation") == 0
+    command = json.loads((tmp_path / "runs/tiny/oneshot-seed3/result.json").read_text())["command"]
+    assert command == f"dualprune run tiny.toml --method oneshot --seed 3 --set '{override}' --split validation"
+    assert call(*shlex.split(command)[1:], "--out", "again") == 0
+    one, other = (json.loads((tmp_path / out / "tiny/oneshot-seed3/result.json").read_text()) for out in ("runs", "again"))
+    assert one["cut"] == other["cut"] and one["recipe_sha256"] == other["recipe_sha256"] and one["command"] == other["command"]
 
 
 def test_dry_run_shows_the_layers_and_leaves_nothing(recipe, tmp_path, capsys):
@@ -166,6 +178,15 @@ def test_ctrl_c_is_130_and_the_same_command_continues(recipe, tmp_path):
     # the checkpoint is there, and a call with other settings says so instead of overwriting it
     done = subprocess.run(command[:-2], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "--fresh" in done.stderr
+
+
+def test_ctrl_c_outside_of_training_is_130_too_and_says_so(recipe, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupted)
+    assert call("run", recipe) == 130
+    assert capsys.readouterr().err == "interrupted; the same command continues from the last checkpoint\n"
 
 
 def test_the_module_runs_as_a_command():

@@ -523,6 +523,7 @@ BAD_HEADERS = {
     "a list": (b"[1]", b"", "JSON object"),
     "twice": (b'{"w": 1, "w": 2}', b"", "'w' stands twice"),
     "surrogate": (b'{"\\ud800": 1}', b"", "no valid text"),
+    "metadata surrogate": ({"__metadata__": {"a": "\ud800"}}, b"", "__metadata__ maps text to valid text"),
     "metadata list": ({"__metadata__": []}, b"", "__metadata__"),
     "metadata number": ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
     "entry": ({"w": [1]}, b"", "'w': expected dtype"),

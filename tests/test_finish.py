@@ -139,7 +139,7 @@ def test_the_last_part_of_the_run_trains_under_a_fixed_mask(net, optimizer, meth
 
 
 def test_during_the_hold_the_gradients_are_the_plain_ones(net, optimizer):
-    pruner = attach(net, optimizer, SLR(hold=1.0), rate=5, total_steps=10)
+    pruner = attach(net, optimizer, SLR(ramp=0.2, hold=0.8), rate=5, total_steps=10)
     train(net, optimizer, range(3), pruner)
     twin = copy.deepcopy(net)
     train(twin, sgd(twin), [3])
@@ -253,6 +253,15 @@ def test_an_iterator_used_up_is_noticed(net, optimizer, calibration):
     assert pruner.finished
     pruner.finish(calibrate=calibration)
     torch.testing.assert_close(net[1].running_mean, plain_average(net, calibration)[0])
+
+
+def test_synchronised_batch_norm_is_itself_again_afterwards(net, calibration):
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
+    assert recalibrate_batch_norm(synced, calibration) == recalibrate_batch_norm(net, calibration) == 4
+    with pytest.raises(DualpruneError, match="got str"):
+        recalibrate_batch_norm(synced, [*calibration, "x"])
+    assert same_bits(snapshot(net), snapshot(synced))
+    assert not any("forward" in vars(m) for m in synced.modules())
 
 
 def test_models_without_batch_norm_are_left_alone():

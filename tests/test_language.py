@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dualprune
 from dualprune.cli import main
@@ -32,7 +33,11 @@ def bert():
     return transformers.BertModel(transformers.BertConfig(**sizes, max_position_embeddings=32))
 
 
-KINDS = {"gpt2": gpt2, "llama": llama, "bert": bert}
+def masked_bert():
+    return transformers.BertForMaskedLM(bert().config)
+
+
+KINDS = {"gpt2": gpt2, "llama": llama, "bert": bert, "masked bert": masked_bert}
 
 
 @pytest.fixture
@@ -78,12 +83,44 @@ def test_a_folder_is_pruned_and_read_back(saved, kind, layers, tmp_path, capsys)
     assert all(p.detach().all() for name, p in model.named_parameters() if "embed" in name or "wte" in name)
 
 
+def test_a_head_of_another_kind_stays(saved, tmp_path):
+    given = ("--data", "text.txt", "--out", "pruned", "--samples", "4", "--length", "16", "--device", "cpu")
+    assert call(saved("masked bert"), *given, "--sparsity", "0.5", "--method", "wanda") == 0
+    result = json.loads((tmp_path / "pruned/layerwise.json").read_text())
+    assert result["perplexity_dense"] is None and result["layers"][0]["name"].startswith("bert.encoder.")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("masked bert", "pruned"))
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("cls."))
+
+
 def test_a_model_without_a_head_has_no_perplexity(saved, tmp_path, capsys):
     given = ("--data", "text.txt", "--out", "pruned", "--samples", "4", "--length", "16", "--device", "cpu")
     assert call(saved("bert"), *given, "--pattern", "2:4", "--method", "wanda") == 0
     assert "perplexity" not in capsys.readouterr().out
     result = json.loads((tmp_path / "pruned/layerwise.json").read_text())
     assert result["perplexity_dense"] is None and result["kept"] * 2 == result["total"]
+
+
+def test_a_model_inside_another_is_pruned_the_same(saved):
+    """The key-value cache is switched off wherever its configuration is; else what a block reads grows with every call."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids):
+            return self.inner(ids)
+
+    torch.manual_seed(0)
+    ids = torch.randint(20, (4, 16))
+    bare = llama()
+    inner = type(bare)(bare.config)
+    inner.load_state_dict(bare.state_dict())
+    dualprune.prune_layerwise(bare, [ids], "wanda", sparsity=0.5)
+    dualprune.prune_layerwise(Wrapper(inner), [ids], "wanda", sparsity=0.5)
+    assert inner.config.use_cache
+    assert all(torch.equal(w, inner.state_dict()[name]) for name, w in bare.state_dict().items())
 
 
 def test_gpt2s_layers_are_the_other_way_round(saved):

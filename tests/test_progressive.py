@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,6 +108,29 @@ def test_a_resumed_run_keeps_the_zeros_it_began_with(method: object, stop: int) 
     assert same_bits(snapshot(whole), snapshot(again))
 
 
+@pytest.mark.parametrize("stop", [12, 23, STEPS])
+def test_a_run_resumes_in_the_order_of_the_docs_where_masks_have_more_zeros_than_it_began_with(stop: int) -> None:
+    """Build, load the model, attach, load the pruner: attach then sees frozen zeros and those of the masks together."""
+
+    def begin(model: nn.Module) -> tuple[torch.optim.Optimizer, Pruner]:
+        return start(model, SLR(), rate=2, patterns={"[36]": "filter"})
+
+    whole = pruned_net(0.3)
+    optimizer, pruner = begin(whole)
+    train(whole, optimizer, range(stop), pruner)
+    if stop == STEPS:
+        pruner.finish()
+    again = tiny_net(seed=7)
+    again.load_state_dict(whole.state_dict())
+    other, resumed = begin(again)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.load_state_dict(pruner.state_dict())
+    for model, stepper, one in ((whole, optimizer, pruner), (again, other, resumed)):
+        train(model, stepper, range(stop, STEPS + 1), one)
+        one.finish()
+    assert same_bits(snapshot(whole), snapshot(again))
+
+
 def test_a_state_with_zeros_fits_only_a_pruner_with_zeros() -> None:
     _, pruner = start(pruned_net(), SLR())
     _, other = start(pruned_net(), SLR(), keep_zeros=False)
@@ -120,12 +145,20 @@ def test_a_state_with_zeros_fits_only_a_pruner_with_zeros() -> None:
 
 def test_less_than_there_is_already_is_refused() -> None:
     model = pruned_net(0.9)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer, pruner = start(model, SLR(), rate=4)
     with pytest.raises(DualpruneError, match=r"^3\.weight: 0\.8993 of the weights are zero .*sparsity 0\.7500 is asked"):
-        build_problem(model, rate=4, patterns={"[36]": "unstructured"}, ignore=["0", "10"], keep_zeros=True)
+        train(model, optimizer, range(1), pruner)
+    with pytest.raises(DualpruneError, match=r"^3\.weight: 0\.8993"):
+        pruner.update()
+    with pytest.raises(DualpruneError, match=r"^3\.weight: 0\.8993"):
+        pruner.finish()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    pruner.detach()
     with pytest.raises(DualpruneError, match=r"3\.weight, 6\.weight: 0\.8999 of the weights are zero"):
-        build_problem(model, rate=4, ignore=["0", "10"], keep_zeros=True, budget="global")
+        start(model, SLR(), rate=4, patterns=None, budget="global")[1].finish()
     with pytest.raises(DualpruneError, match=r"3\.weight: 0\.8993 .*sparsity 0\.5000 is asked"):
-        build_problem(model, patterns={"[36]": "2:4"}, keep_zeros=True)
+        start(model, SLR(), rate=None, patterns={"[36]": "2:4"}, ignore=())[1].finish()
     same = build_problem(model, sparsity=0.9, ignore=["0", "10"], keep_zeros=True)
     assert all(torch.equal(m, w != 0) for m, w in zip(same.masks(same.weights), same.weights, strict=True))
 

@@ -381,7 +381,7 @@ def test_a_held_weight_follows_the_steps_from_level_to_level():
 
 
 def test_in_the_hold_weights_are_on_one_grid_and_move():
-    net, optimizer, pruner = fresh(SLR(hold=0.5), bits=3)
+    net, optimizer, pruner = fresh(SLR(ramp=0.5, hold=0.5), bits=3)
     seen: dict[str, list[Tensor]] = {"3.weight": [], "6.weight": []}
 
     def look(step: int) -> None:

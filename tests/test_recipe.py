@@ -1,9 +1,11 @@
 """Recipes: what is read, what is refused, and with which words."""
 
 import math
+import shlex
 import subprocess
 import sys
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,8 +69,8 @@ def test_defaults_and_types():
         ("name=a/b", "name"),
         ("methods.slr.kind=slrr", "[methods.slr] kind: 'slrr' is not one of slr, admm, reweighted"),
         ("methods.slr.s00=1", "[methods.slr] unknown key 's00', did you mean 's0'?"),
-        ("methods.slr.M=0.5", "[methods.slr] SLR expects s0 > 0, M > 1"),
-        ("methods.slr.M=many", "[methods.slr] a value in {'M': 'many'} has the wrong type"),
+        ("methods.slr.M=0.5", "[methods.slr] SLR expects M > 1 and r < 1, got M=0.5"),
+        ("methods.slr.M=many", "[methods.slr] SLR(M) expects a positive finite number, got 'many'"),
         ("methods.slr.rho={start=0.1,stop=1}", "[methods.slr] rho: unknown key 'stop'"),
         (
             "methods.slr.rho={start=0.1}",
@@ -81,6 +83,15 @@ def test_defaults_and_types():
         ('prune.patterns={"conv2"={patern="2:4"}}', "unknown key, did you mean 'pattern'?"),
         ("name.x=1", "'name' is a value, not a table"),
         ("training.epochs", "--set takes key=value"),
+        ("training.=3", "--set takes key=value"),
+        ('prune.patterns."conv1.weight=0.9', "--set takes key=value"),
+        ("methods.slr.M=inf", "[methods.slr] M: expected text, a boolean or a finite number, got inf"),
+        ("methods.slr.trials=[{lr=0.1,s0=nan}]", "[methods.slr.trials] s0: expected"),
+        (
+            "model.options={since=2026-01-02}",
+            "[model.options] since: expected text, a boolean or a finite number, got 2026-01-02",
+        ),
+        ("paper.when=12:30:00", "[paper] when: expected"),
     ],
 )
 def test_a_mistake_is_named_with_its_place(override, said):
@@ -184,6 +195,88 @@ def test_toml_of_awkward_strings():
 def test_overrides_are_toml_values_or_bare_words():
     recipe = parse_recipe(BASE, ["training.lr=0.2", "model.name=resnet20", "data.augment=false", 'name="x"'])
     assert (recipe.training.lr, recipe.model.name, recipe.data.augment, recipe.name) == (0.2, "resnet20", False, "x")
+
+
+def test_an_override_names_keys_with_dots_in_quotes():
+    overrides = ['prune.patterns."conv1.weight"=0.9', "prune.patterns.'a=b.*'=\"2:4\"", "prune . patterns . c*=0.5"]
+    patterns = parse_recipe(BASE, overrides).prune.patterns
+    assert {glob: layer.sparsity or layer.pattern for glob, layer in patterns.items()} == {
+        "conv1.weight": 0.9, "a=b.*": "2:4", "c*": 0.5,
+    }  # fmt: skip
+
+
+def test_a_warm_up_leaves_something_of_every_method():
+    text = BASE.replace("epochs = 3", "epochs = 3\nwarmup_epochs = 2")
+    assert "[methods.slr] epochs: [training] warmup_epochs 2 leaves nothing of its 2 epochs" in refused(
+        text, "methods.slr.epochs=2"
+    )
+    assert parse_recipe(text, ["methods.slr.epochs=4"]).epochs("oneshot") == 0, "a one-shot cut warms nothing up"
+
+
+def test_the_command_makes_that_very_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "my recipes" / "small.toml"
+    path.parent.mkdir()
+    path.write_text(BASE)
+    given = ['prune.patterns={"conv2"="2:4"}', "training.epochs=7"]
+    trial = {"lr": 0.25, "rho": {"start": 0.1, "end": 2.0, "over": 0.5}, "cap": "none"}
+    recipe = load_recipe(path, given).with_trial("slr", trial)
+    _, run, file, *rest = words = shlex.split(recipe.command("slr", 3, "validation"))
+    assert (run, file, words[-2:]) == ("run", "my recipes/small.toml", ["--split", "validation"])
+    assert rest[:4] == ["--method", "slr", "--seed", "3"]
+    again = load_recipe(file, [value for key, value in pairwise(rest) if key == "--set"])
+    assert again == recipe
+    assert again.fingerprint("slr", 3, "validation") == recipe.fingerprint("slr", 3, "validation")
+    relative = load_recipe("my recipes/small.toml")
+    assert (
+        relative.command("slr", 0)
+        == "dualprune run 'my recipes/small.toml' --method slr --seed 0"
+        == load_recipe(path).command("slr", 0)
+    )
+    monkeypatch.chdir(path.parent)
+    assert load_recipe("../my recipes/small.toml").command("slr", 0).split("'")[1] == "../my recipes/small.toml"
+    # of text alone, the folder's recipe.toml is the file, and it has what was set
+    alone = parse_recipe(BASE, given)
+    assert (
+        alone.command("slr", 0) == "dualprune run recipe.toml --method slr --seed 0" and parse_recipe(alone.to_toml()) == alone
+    )
+
+
+def test_weights_are_hashed_once_for_as_long_as_they_stay(tmp_path, monkeypatch):
+    import hashlib
+
+    recipe = parse_recipe(BASE, [f"model.weights={tmp_path / 'w'}"])
+    (tmp_path / "w").write_bytes(b"one")
+    assert parse_recipe(BASE).weights_sha256() is None
+    first = recipe.weights_sha256()
+    assert first == hashlib.sha256(b"one").hexdigest()
+    with monkeypatch.context() as unread:
+        unread.setattr(hashlib, "file_digest", None)
+        assert recipe.weights_sha256() == first
+    (tmp_path / "w").write_bytes(b"another")
+    assert recipe.weights_sha256() == hashlib.sha256(b"another").hexdigest()
+
+
+def test_fingerprints_are_those_of_the_finished_runs():
+    recipe = parse_recipe(BASE)
+    assert recipe.fingerprint("slr", 0, "test") == "ead3a279f351bca97fe25be440b7696505bebc589ca5d716b5ad69b1edebf40a"
+    assert recipe.fingerprint("oneshot", 1, "validation") == "ed0857d7c0656814caff243cadbf36cede24f410e1ffec2b1ef8f56c99c750a6"
+
+
+def test_a_choice_of_settings_is_for_one_recipe():
+    def of(*overrides, chosen=("lr", "s0")):
+        return parse_recipe(BASE, overrides).tuning_fingerprint("slr", chosen)
+
+    same = [
+        "methods.slr.lr=0.2",
+        "methods.slr.s0=0.3",
+        "training.lr=0.1",
+        "methods.slr.trials=[{lr=1.0}]",
+        "methods.oneshot.lr=1.0",
+    ]
+    assert {of(override) for override in same} == {of()}
+    others = ["methods.slr.r=0.2", "prune.rate=11", "training.epochs=4", "data.validation=0.2", "methods.slr.epochs=2"]
+    assert len({of(override) for override in others} | {of(), of("methods.slr.s0=0.3", chosen=["lr"])}) == 7
 
 
 def test_fingerprint_follows_what_decides_the_numbers():

@@ -42,7 +42,7 @@ def read(file):
         pytest.importorskip("pycocotools")
     if recipe.model.name.endswith(".cfg") and not any((Path(top) / recipe.model.name).is_file() for top in FOLDERS):
         pytest.skip(f"no {recipe.model.name} in DUALPRUNE_WEIGHTS")
-    return recipe._with(model=recipe.model.model_copy(update={"weights": None}))
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": None})})
 
 
 def network(recipe):

@@ -127,6 +127,40 @@ def test_constants_are_folded_where_that_is_exact():
     assert torch.allclose(small[9].bias, model[9].bias + model[9].weight[:, ::2] @ dead, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6),
+        lambda: nn.AvgPool2d(3, 1, padding=1),
+        lambda: nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.AdaptiveAvgPool2d(1)),
+        lambda: nn.Sequential(nn.ZeroPad2d(1), nn.AdaptiveAvgPool2d(1)),
+    ],
+)
+def test_a_constant_that_depends_on_the_size_of_the_input_stays(between):
+    """A map of one position has no inside: a padded constant looks the same everywhere there, and is not on larger ones."""
+    model = kill(
+        lively(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.AvgPool2d(4), between(), nn.ReLU(), nn.Conv2d(6, 4, 1))), "0"
+    )
+    small = shrink(model, X[:, :, :4, :4])
+    assert gap(model, small, torch.randn(2, 3, 32, 32)) < 1e-5
+    (stay,) = shrink_report(small).stays
+    assert stay.channels == (0, 2, 4) and "vary with the input's size where 5 reads it" in stay.reason
+    assert silence(model, X[:, :, :4, :4])
+    small = shrink(model, X[:, :, :4, :4])
+    assert widths(small)["0.weight"] == (3, 3, 1, 1) and gap(model, small, torch.randn(2, 3, 32, 32)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "between", [lambda: nn.AvgPool2d(3, 1, padding=1, count_include_pad=False), lambda: nn.MaxPool2d(3, 1, padding=1)]
+)
+def test_a_constant_that_no_border_changes_goes(between):
+    model = kill(
+        lively(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.AvgPool2d(4), between(), nn.ReLU(), nn.Conv2d(6, 4, 1))), "0"
+    )
+    small = shrink(model, X[:, :, :4, :4])
+    assert widths(small)["0.weight"] == (3, 3, 1, 1) and gap(model, small, torch.randn(2, 3, 32, 32)) < 1e-5
+
+
 def test_filters_that_nobody_reads_go_although_they_are_not_zero():
     model = lively(chain())
     with torch.no_grad():

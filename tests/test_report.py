@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -411,6 +412,27 @@ def test_a_comparison_names_unfinished_runs_and_other_counts(tmp_path: Path) -> 
 
 
 @quick
+def test_a_mean_keeps_its_own_standard_deviation(tmp_path: Path) -> None:
+    make_comparison(tmp_path, seeds=(0, 1))
+    table = json.loads((tmp_path / "compare.json").read_text())
+    slr = next(row for row in table["rows"] if row["label"] == "slr")
+    slr |= {"seeds": [0], "n": 1, "mean": slr["cut"][0], "std": None, "cut": slr["cut"][:1]}
+    write_json(tmp_path / "compare.json", table)
+    cells = next(row for row in table_rows(Page(render_comparison(tmp_path))) if row[0] == "slr")
+    assert cells[1:3] == [f"{slr['mean']:.2f}", "1"]
+
+
+@quick
+def test_runs_on_another_split_are_named_and_left_out(tmp_path: Path) -> None:
+    make_comparison(tmp_path)
+    make_run(tmp_path, "slr", 7, cut=99.0, split="validation")
+    page = Page(render_comparison(tmp_path))
+    assert "slr-seed7 was measured on the validation split and is left out." in page.text
+    assert [row[0] for row in table_rows(page)[1:]] == ["slr", "admm", "gradual", "admm-published", "slr-paper", "oneshot"]
+    assert "99.00" not in page.text and "the folder holds" not in page.text
+
+
+@quick
 def test_a_comparison_links_to_the_pages_of_its_runs(tmp_path: Path) -> None:
     render_run(make_run(tmp_path, "slr"))
     make_run(tmp_path, "admm")
@@ -501,6 +523,32 @@ def test_sparsity_report_refuses_what_it_cannot_count(source: Any, message: str)
 def test_the_module_itself_needs_neither_torch_nor_matplotlib() -> None:
     code = "import sys, dualprune.report; sys.exit(bool({'torch', 'matplotlib', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_published_settings_are_called_tuned_only_where_they_are(tmp_path, monkeypatch):
+    path = Path(__file__).resolve().parents[1] / "benchmarks/publish.py"
+    spec = importlib.util.spec_from_file_location("publish", path)
+    assert spec is not None and spec.loader is not None
+    publish = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(publish)
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    monkeypatch.setattr(publish, "draw", lambda *_: [])
+    folder = tmp_path / "runs/small"
+    for label, seed, changes in [
+        ("slr", 0, {"lr": 0.1}), ("slr", 1, {"lr": 0.1}), ("admm", 0, {"lr": 0.1}), ("admm", 1, {"lr": 0.05}),
+        ("slr", 2, {"lr": 0.1, "split": "validation", "cut": 99.0}), ("gradual", 0, {"lr": 0.1}),
+    ]:  # fmt: skip
+        (make_run(folder, label, seed, **changes) / "pruned.safetensors").write_bytes(b"")
+    methods = {label: {"lr": 0.1, "scores": {"0.1": [90.0]}} for label in ("slr", "admm")}
+    write_json(folder / "tune.json", {"held_out": 0.1, "grid": [0.1], "methods": methods})
+    page = tmp_path / "docs/results.md"
+    write_text(page, "<!-- begin small -->\n<!-- end small -->\n")
+    (tmp_path / "results").mkdir()
+    publish.publish(folder)
+    rows = {line.split(" | ")[0]: line for line in page.read_text().splitlines() if line.startswith("| ")}
+    assert "| 2 (0, 1) |" in rows["| slr"] and "99.00" not in page.read_text()
+    assert "| 0.1* |" in rows["| slr"] and "0.1*" not in rows["| admm"] + rows["| gradual"]
+    assert len(json.loads((tmp_path / "results/small.json").read_text())["runs"]) == 5
 
 
 def test_a_task_s_metrics_and_pictures_stand_before_and_after_cutting(tmp_path):

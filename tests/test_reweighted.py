@@ -259,6 +259,9 @@ def test_under_a_scaler_the_result_is_that_of_unscaled_training(name: str, patte
 def test_a_first_step_that_overflows_sets_no_lam(name: str) -> None:
     net = tiny_net()
     optimizer = OPTIMIZERS[name](net.parameters())
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = 0  # torch's fused SGD makes its buffers of garbage in a first step that it skips
     pruner = attach(net, optimizer, Reweighted(), rate=5, total_steps=30)
     amp = scaler(2.0**12)
     scaled_steps(net, optimizer, amp, [0], factor=1e38)
@@ -484,13 +487,13 @@ def test_paper_constants() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lam": 0}, r"Reweighted\(lam\) is a positive finite number or None, which finds it, got 0"),
+        ({"lam": 0}, r"Reweighted\(lam\) expects a positive finite number or None, which finds it, got 0"),
         ({"lam": -1e-4}, "lam.*got -0.0001"),
         ({"lam": math.nan}, "lam.*got nan"),
         ({"lam": math.inf}, "lam.*got inf"),
         ({"lam": "auto"}, "lam.*got 'auto'"),
         ({"lam": True}, "lam.*got True"),
-        ({"eps": 0.0}, r"Reweighted\(eps\) is a positive finite number, got 0.0"),
+        ({"eps": 0.0}, r"Reweighted\(eps\) expects a positive finite number, got 0.0"),
         ({"eps": -1}, "eps.*got -1"),
         ({"eps": math.nan}, "eps.*got nan"),
         ({"target": 0}, "target.*got 0"),

@@ -197,6 +197,41 @@ def test_safe_follows_the_scaled_form():
             torch.testing.assert_close(target.weight.grad, g + rho * (target.weight.detach() - z + u))
 
 
+def test_perturbed_leaves_what_masks_have_dropped_at_zero():
+    model, optimizer = tiny_net(), None
+    optimizer = sgd(model)
+    pruner = attach(model, optimizer, SAFE(hold=0.5), rate=4, total_steps=8, every=2)
+    assert pruner.dropped == []
+    train(model, optimizer, range(6), pruner)
+    (weight, drop), *_ = pruner.dropped
+    assert 0 < int(drop.sum()) < drop.numel()
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    with perturbed(optimizer, 0.5, pruner.dropped):
+        assert not weight.detach()[drop].any()
+        moved = [p.detach().clone() for p in model.parameters()]
+        F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    lengths = [float((p.detach() - there).norm()) for p, there in zip(model.parameters(), moved, strict=True)]
+    assert math.hypot(*lengths) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_cut_keeps_what_rigl_has_grown():
+    model = tiny_net()
+    optimizer = sgd(model)
+    pruner = attach(model, optimizer, RigL(until=1.0), rate=4, total_steps=8, every=4)
+    train(model, optimizer, range(4), pruner)
+    in_force = [~drop for _, drop in pruner.dropped]
+    assert any(bool((w.detach()[m] == 0).any()) for (w, _), m in zip(pruner.dropped, in_force, strict=True)), "just grown"
+    assert all(torch.equal(a, b) for a, b in zip(pruner.masks.values(), in_force, strict=True))
+    pruner.finish()
+    assert all(torch.equal(a, b) for a, b in zip(pruner.masks.values(), in_force, strict=True))
+
+
+def test_safe_refuses_multipliers_that_float16_cannot_hold():
+    model = tiny_net()
+    with pytest.raises(DualpruneError, match="too small for float16"):
+        attach(model, sgd(model), SAFE(), rate=4, total_steps=8, state_dtype=torch.float16)
+
+
 def test_perturbed_takes_the_gradient_uphill_and_puts_the_weights_back():
     x = torch.tensor([3.0, 4.0], requires_grad=True)
     y = torch.tensor([0.0], requires_grad=True)

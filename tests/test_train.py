@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from dualprune import load_sparse, train
+from dualprune import SLR, load_sparse, run_folder, train
 from dualprune.errors import DualpruneError, FormatError
 from dualprune.progress import Silent
-from dualprune.recipe import parse_recipe
+from dualprune.recipe import MethodTable, parse_recipe
 from dualprune.tasks import build_task
 from dualprune.train import Interrupted, RunError, run
 from helpers import TINY_RECIPE as TINY
@@ -152,6 +154,75 @@ def test_another_recipe_in_the_folder_is_refused(tiny, tmp_path):
     assert run(changed, "oneshot", out=tmp_path, resume=False)["kept"] == round(24 * 16 / 6)
 
 
+def test_a_default_that_has_changed_is_another_run(tiny, tmp_path, monkeypatch):
+    run(tiny, "slr", out=tmp_path)
+    with pytest.raises(Interrupted):
+        run(tiny, "slr", out=tmp_path / "broken", progress=KillAfter(2))
+    with monkeypatch.context() as changed:
+        changed.setattr(MethodTable, "build", lambda table: SLR(s0=0.07))
+        for out in (tmp_path, tmp_path / "broken"):
+            with pytest.raises(DualpruneError, match=r"a run of another method, .* s0=.* there, .*s0=0\.07.* here.*--fresh"):
+                run(tiny, "slr", out=out)
+    assert run(tiny, "slr", out=tmp_path / "broken")["epochs"] == 2
+
+
+def test_results_of_earlier_versions_stay_valid(tiny, tmp_path):
+    result = run(parse_recipe(TINY, ["methods.slr.base=paper"]), "slr", out=tmp_path)
+    path = tmp_path / "tiny" / "slr-seed0" / "result.json"
+    assert "pull='everywhere', " in result["method"]
+    for older in (result | {"method": result["method"].replace("pull='everywhere', ", "")}, dict(result)):
+        if older == result:
+            del older["method"], older["weights_sha256"]
+        path.write_text(json.dumps(older))
+        assert run(parse_recipe(TINY, ["methods.slr.base=paper"]), "slr", out=tmp_path) == older
+    # before there was a choice, the default pulled everywhere too: what is pulled outside now is another run
+    now = run(tiny, "slr", out=tmp_path / "now")
+    path = tmp_path / "now" / "tiny" / "slr-seed0" / "result.json"
+    path.write_text(json.dumps(now | {"method": now["method"].replace("pull='outside', ", "")}))
+    with pytest.raises(DualpruneError, match="another method"):
+        run(tiny, "slr", out=tmp_path / "now")
+
+
+def test_other_starting_weights_are_another_run(tiny, tmp_path):
+    weights, model = tmp_path / "w.safetensors", build_task(tiny).model()
+    recipe = parse_recipe(TINY, [f"model.weights={weights}"])
+
+    def write(scale):
+        save_file({name: scale * value for name, value in model.state_dict().items()}, weights)
+
+    write(1.0)
+    first = run(recipe, "oneshot", out=tmp_path)
+    with pytest.raises(Interrupted):
+        run(recipe, "slr", out=tmp_path, progress=KillAfter(2))
+    write(2.0)
+    for label in ("oneshot", "slr"):
+        with pytest.raises(DualpruneError, match=f"of other starting weights, .*{first['weights_sha256']} there"):
+            run(recipe, label, out=tmp_path)
+    write(1.0)
+    assert run(recipe, "oneshot", out=tmp_path) == first and run(recipe, "slr", out=tmp_path)["epochs"] == 2
+
+
+def test_a_dense_model_is_of_its_starting_weights(tiny, tmp_path):
+    weights, model = tmp_path / "w.safetensors", build_task(tiny).model()
+    recipe = parse_recipe(TINY, [f"model.weights={weights}", "dense={epochs=1, lr=0.1, batch_size=256}"])
+    results = []
+    for scale in (1.0, 2.0):
+        save_file({name: scale * value for name, value in model.state_dict().items()}, weights)
+        results.append(run(recipe, "oneshot", seed=int(scale), out=tmp_path))
+    assert len(list((tmp_path / "tiny").glob("dense-*"))) == 2
+    assert results[0]["metrics"]["dense"] != results[1]["metrics"]["dense"]
+
+
+def test_starting_again_leaves_nothing_of_the_earlier_run(tmp_path):
+    place = tmp_path / "slr-seed0"
+    files = ("result.json", "checkpoint.pt", ".checkpoint.pt.x1.tmp", "tensorboard/events.1", "pictures/00-cut.png")
+    for name in (*files, "pictures/.00-cut.png.x2.tmp", "mine.txt"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("")
+    run_folder.wipe(place)
+    assert [path.name for path in sorted(place.rglob("*"))] == ["mine.txt", "pictures"]
+
+
 def test_dense_training_is_done_once_for_all(tmp_path):
     recipe = parse_recipe(TINY, ["dense={epochs=10, lr=0.1, batch_size=64}"])
     first = run(recipe, "oneshot", out=tmp_path)
@@ -173,6 +244,56 @@ def test_retraining_keeps_the_masks(tmp_path):
     assert 0 < int(weight.count_nonzero()) <= result["kept"] < weight.numel()
     assert result["retrained"] > result["cut"]
     assert [row["stage"] for row in rows(folder / "epochs.jsonl")] == ["retrain", "retrain"]
+
+
+def test_retraining_does_not_warm_up_again(tmp_path):
+    recipe = parse_recipe(TINY, ["training.epochs=3", "training.warmup_epochs=1", "prune.retrain_epochs=1"])
+    run(recipe, "gradual", out=tmp_path)
+    *_, row = rows(tmp_path / "tiny" / "gradual-seed0" / "epochs.jsonl")
+    steps = build_task(recipe).steps_per_epoch(256)
+    cold = recipe.training.model_copy(update={"warmup_epochs": 0.0})
+    assert row["stage"] == "retrain" and row["lr"] == cold.lr_at(steps - 1, steps, steps, 0.05 / 10) < 0.0005
+
+
+def test_steps_go_on_in_retraining_after_half_steps(tmp_path):
+    recipe = parse_recipe(TINY + '[methods.safe]\nkind = "safe"\nupdates_per_epoch = 2\n', ["prune.retrain_epochs=1"])
+    result = run(recipe, "safe", out=tmp_path)
+    steps, per_epoch = (
+        [row["step"] for row in rows(tmp_path / "tiny/safe-seed0/epochs.jsonl")],
+        build_task(recipe).steps_per_epoch(256),
+    )
+    assert steps == [per_epoch // 2, result["steps"], result["steps"] + per_epoch]
+
+
+def test_waiting_for_losses_is_time_of_the_epoch(tiny, tmp_path, monkeypatch):
+    # as on a GPU, where a loss is there when the device is done
+    read = train._Loop._read_losses
+
+    def slow(loop):
+        time.sleep(0.3 * bool(loop._pending))
+        read(loop)
+
+    monkeypatch.setattr(train._Loop, "_note_loss", lambda loop, loss: loop._pending.append(loss))
+    monkeypatch.setattr(train._Loop, "_read_losses", slow)
+    assert run(tiny, "gradual", out=tmp_path)["seconds"] > 0.6
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
+def test_the_peak_memory_is_that_of_the_run(tiny, tmp_path):
+    earlier = bytearray(os.urandom(1)) * (400 * 2**20)
+    before = run_folder.peak_memory(torch.device("cpu"))
+    del earlier
+    assert run(tiny, "oneshot", out=tmp_path)["peak_memory_mb"] < before - 200
+
+
+def test_peak_memory_without_a_way_to_reset_it(monkeypatch):
+    def absent(path, *_):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(run_folder.Path, "write_text", absent)
+    monkeypatch.setattr(run_folder.Path, "read_text", absent)
+    run_folder.reset_peak_memory(torch.device("cpu"))
+    assert run_folder.peak_memory(torch.device("cpu")) > 50
 
 
 def test_a_seed_decides_the_run_and_the_global_random_state_does_not(tiny, tmp_path):
@@ -394,6 +515,27 @@ def test_tensorboard_gets_the_curves(tiny, tmp_path):
     assert len(events.Scalars("update/rho")) == len(rows(tmp_path / "tiny" / "slr-seed0" / "history.jsonl"))
 
 
+def test_a_broken_run_logs_every_update_once(tiny, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for steps in (8, 2):  # in the second epoch, before and after its first update
+        with pytest.raises(Interrupted):
+            run(tiny, "slr", out=tmp_path, tensorboard=True, progress=KillAfter(steps))
+    run(tiny, "slr", out=tmp_path, tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path / "tiny" / "slr-seed0" / "tensorboard"))
+    events.Reload()
+    history = rows(tmp_path / "tiny" / "slr-seed0" / "history.jsonl")
+    assert [event.step for event in events.Scalars("update/rho")] == [row["step"] for row in history]
+
+
 def test_dry_run_trains_nothing(tiny):
     said = train.dry_run(tiny, "slr")
     assert "fc2.weight" in said and str(24 * 16) in said
+
+
+def test_dry_run_says_when_its_weights_are_not_those_of_a_run():
+    dense = ["dense={epochs=1, lr=0.1}"]
+    assert "not those that [dense] trains" in train.dry_run(parse_recipe(TINY, [*dense, "prune.budget=global"]), "slr")
+    assert "a global budget" not in train.dry_run(parse_recipe(TINY, dense), "slr")
+    assert "a global budget" not in train.dry_run(parse_recipe(TINY, ["prune.budget=global"]), "slr")
+    pretrained = ["model.pretrained=true", "prune.budget=global"]
+    assert "not those that pretrained = true loads" in train.dry_run(parse_recipe(TINY, pretrained), "slr")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
 from dualprune import DualpruneError
 from dualprune.compare import compare, comparison_table, tune, tuning_table
-from dualprune.recipe import parse_recipe
+from dualprune.recipe import load_recipe, parse_recipe
 from helpers import TINY_RECIPE
 
 TRIALS = """
@@ -36,7 +37,7 @@ def with_trials(trials, kind="slr"):
         ("[{s0=0.1},{M=200},{lr=0.1, r=0.2}]", "lr and at most 2 parameters of the method, got M, r, s0"),
         ("[{epochs=9}]", "a trial cannot change epochs"),
         ("[{lr=0.1},{so=0.1}]", "trial 2: unknown key 'so', did you mean 's0'?"),
-        ("[{s0=-1}]", "trial 1: SLR expects s0 > 0"),
+        ("[{s0=-1}]", "trial 1: SLR(s0) expects a positive finite number, got -1"),
         ("[{lr=0}]", "trial 1: lr: input should be greater than 0, got 0"),
         ("[{lr=0.1, rho={start=1, ende=2}}]", "trial 1: rho: unknown key 'ende', did you mean 'end'?"),
         ("{lr=0.1}", "trials: input should be a valid list"),
@@ -74,6 +75,43 @@ def test_the_best_trial_is_chosen_on_held_out_images_and_used(tmp_path):
     assert rows["safe"]["steps"] == 2 * (rows["slr"]["steps"] // 2 // 2), "two gradients a step, half the steps"
     assert rows["safe"]["epochs"] == rows["slr"]["epochs"]
     assert all(row["peak_memory_mb"] > 0 for row in rows.values())
+
+
+def test_a_choice_is_for_the_recipe_it_was_made_for(tmp_path):
+    recipe = parse_recipe(TINY_RECIPE, ["training.epochs=1"])
+    tune(recipe, ["slr", "gradual"], [0.05], out=tmp_path)
+    again = tune(recipe, ["slr"], [0.05], out=tmp_path)
+    assert list(again["methods"]) == ["slr", "gradual"], "what was chosen for other methods stays"
+    compare(parse_recipe(TINY_RECIPE, ["training.epochs=1", "training.lr=0.3"]), ["slr"], out=tmp_path, tuned=True)
+    other = parse_recipe(TINY_RECIPE, ["training.epochs=1", "prune.rate=6"])
+    with pytest.raises(DualpruneError, match=r"tune\.json: 'slr' was tuned under other settings; run 'dualprune tune' again"):
+        compare(other, ["slr"], out=tmp_path, tuned=True)
+    assert list(tune(other, ["slr"], [0.05], out=tmp_path, resume=False)["methods"]) == ["slr"], "that of gradual is dropped"
+
+
+def test_a_seed_named_twice_is_one_run(tmp_path):
+    recipe = parse_recipe(TINY_RECIPE, ["training.epochs=1"])
+    row = compare(recipe, ["gradual"], [3, 3], out=tmp_path)["rows"][0]
+    assert (row["n"], row["seeds"], row["std"]) == (1, [3], None)
+    assert [
+        len(scores)
+        for scores in tune(recipe, ["gradual"], [0.05], [1, 1], out=tmp_path)["methods"]["gradual"]["scores"].values()
+    ] == [1]
+
+
+def test_the_command_of_a_tuned_run_makes_that_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(HEAD + TRIALS)
+    recipe = load_recipe("tiny.toml", ["training.epochs=1", 'prune.patterns."fc2.weight"=0.75'])
+    tune(recipe, ["slr"])
+    compare(recipe, ["slr"], [2], tuned=True)
+    result = json.loads((tmp_path / "runs/tiny/slr-seed2/result.json").read_text())
+    words = shlex.split(result["command"])
+    assert words[:7] == ["dualprune", "run", "tiny.toml", "--method", "slr", "--seed", "2"]
+    again = load_recipe("tiny.toml", words[8::2])
+    assert set(words[7::2]) == {"--set"} and again.fingerprint("slr", 2, "test") == result["recipe_sha256"]
+    trial = json.loads(next((tmp_path / "runs/tiny/tune").glob("*/slr-seed0/result.json")).read_text())
+    assert trial["command"].endswith(" --split validation")
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path):

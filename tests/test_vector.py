@@ -183,3 +183,9 @@ def test_one_bad_value_is_found(dtype: torch.dtype, spoil: float) -> None:
 def test_huge_is_not_infinite(value: float, dtype: torch.dtype) -> None:
     assert all_finite([torch.full((9,), value, dtype=dtype), torch.empty(0)])
     assert all_finite([])
+
+
+def test_float16_is_shifted_by_multipliers_over_a_penalty_that_float16_cannot_invert() -> None:
+    w, multiplier = torch.ones(4, dtype=torch.float16), torch.full((4,), 6e-8, dtype=torch.float16)
+    shifted = Shifted([w], [multiplier], 1e-5).form(w, multiplier)
+    assert shifted.tolist() == pytest.approx([1 + float(multiplier[0]) * 1e5] * 4, rel=1e-3)

@@ -21,7 +21,7 @@ from dualprune.finish import recalibrate_batch_norm
 from dualprune.problem import Problem, build_problem
 from dualprune.progress import Progress, Silent
 from dualprune.recipe import Recipe, digest
-from dualprune.run_folder import device_name, earlier_result, make_folder, peak_memory, versions
+from dualprune.run_folder import device_name, earlier_result, make_folder, peak_memory, reset_peak_memory, versions
 from dualprune.tasks import build_task
 
 LABEL = "pat"
@@ -47,14 +47,14 @@ def run(
 ) -> dict[str, Any]:
     """Do what `dualprune.train.run` does, with PAT in place of a method; a finished run is not redone, a broken one goes on."""
     place = root / f"{LABEL}-seed{seed}"
-    table = recipe.model_dump(mode="json", exclude={"paper", "methods", "description"})
-    table["data"].pop("root")
-    identity = digest(table | {"trial": dict(trial), "run_seed": seed, "split": split, "method": LABEL})
+    identity = digest(recipe.deciding() | {"trial": dict(trial), "run_seed": seed, "split": split, "method": LABEL})
+    made_of = {"method": f"PAT(heal={trial['heal']:g})", "weights_sha256": recipe.weights_sha256()}
     make_folder(place)
-    if (finished := earlier_result(place, identity)) is not None:
+    if (finished := earlier_result(place, identity, made_of)) is not None:
         return finished
     task = build_task(recipe, split, train.pick_device(device))
-    job = train._Job(recipe, LABEL, seed, task, dense_folder or root, place, identity, progress or Silent(), None)
+    job = train._Job(recipe, LABEL, seed, task, dense_folder or root, place, identity, made_of, progress or Silent())
+    reset_peak_memory(job.device)
     with train._reproducible(job.device):
         return _run(job, trial)
 
@@ -124,7 +124,7 @@ def _result(job: Any, loop: Any, problem: Problem, trial: Mapping[str, float], m
     everything = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     headline = {when: metrics[metric] for when, metrics in loop.notes.items()}
     return {
-        "recipe": recipe.name, "label": LABEL, "method": f"PAT(heal={trial['heal']:g})",
+        "recipe": recipe.name, "label": LABEL, **job.made_of,
         "seed": job.seed, "split": job.task.split,
         "metric": f"{metric} %", "dense": headline["dense"], "cut": headline["cut"], "retrained": headline.get("retrained"),
         "metrics": loop.notes, "kept": kept, "total": total, "rate": total / max(1, kept),

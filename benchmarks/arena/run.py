@@ -5,7 +5,8 @@
 A cell is a recipe in benchmarks/arena/cells. For every method: its trials on images held out of training (one seed), then
 the chosen settings on the test set (seeds 1, 2, 3), right after the cut and after two epochs under the masks. Finished
 runs are never redone and broken ones go on, so the same command goes on after any interruption. After every method
-results/arena/<cell>.json and the tables of docs/arena.md are written.
+results/arena/<cell>.json and the tables of docs/arena.md are written. A method that fails is reported and the rest goes on;
+the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dualprune.compare import compare, summarise, tune
+from dualprune.compare import check_budgets, compare, summarise, tune
 from dualprune.errors import DualpruneError
 from dualprune.files import write_json, write_text
 from dualprune.progress import Lines, Progress
@@ -61,13 +62,20 @@ def main() -> None:
         except Interrupted as error:
             print(error, file=sys.stderr)
             raise SystemExit(130) from None
+        except DualpruneError as error:
+            raise SystemExit(str(error)) from None
         return
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the process that trains: it saves, and says so by 130
-    for recipe, label in jobs:  # a process each: the peak memory of a process is that of all it has ever done
+    failed = False
+    for recipe, label in jobs:  # a process each: not every system can forget what a process once took at its peak
         command = [sys.executable, __file__, "--cells", recipe.name, "--methods", label, "--out", str(args.out)]
         command += ["--seeds", args.seeds, *(["--device", args.device] if args.device else [])]
-        if subprocess.run(command).returncode in (130, -signal.SIGINT):
+        code = subprocess.run(command).returncode
+        if code in (130, -signal.SIGINT):
             raise SystemExit(130)
+        failed |= code != 0
+    if failed:
+        raise SystemExit(1)
 
 
 def methods(recipe: Recipe) -> list[str]:
@@ -79,8 +87,13 @@ def methods(recipe: Recipe) -> list[str]:
 def run_cell(
     recipe: Recipe, labels: Sequence[str], seeds: Sequence[int], out: Path, *, root: Path = ROOT, **options: Any
 ) -> dict[str, Any]:
-    """Tune and run the methods one after the other; after each, write what is known. A method that fails is reported."""
-    table: dict[str, Any] = read(root, recipe.name)
+    """Tune and run the methods one after the other; after each, write what is known. A method that fails is reported.
+
+    Raises:
+        DualpruneError: the cell's methods have unequal budgets; or, when all the others are done, some failed.
+    """
+    check_budgets(recipe, list(recipe.methods))
+    failed, seeds = [], list(dict.fromkeys(seeds))
     for label in labels:
         go = run_pat if label == pat.LABEL else partial(run_method, label=label)
         try:
@@ -89,12 +102,16 @@ def run_cell(
             raise
         except DualpruneError as error:
             print(f"{recipe.name}, {label}: {error}", file=sys.stderr)
+            failed.append(label)
             continue
+        table = read(root, recipe.name)  # only now: others may have written in the hours that this took
         known = {row["label"]: row for row in table["rows"]} | {label: row}
         table["rows"] = [known[name] for name in methods(recipe) if name in known]
         write_json(root / "results" / "arena" / f"{recipe.name}.json", table)
         write_page(root)
-    return table
+    if failed:
+        raise DualpruneError(f"{recipe.name}: {', '.join(failed)} failed")
+    return read(root, recipe.name)
 
 
 def run_method(

@@ -74,14 +74,7 @@ def run(
         if speaks:
             print(train.dry_run(loaded, label))
         return
-    command = _command("run", recipe, f"--method {label} --seed {loaded.seed if seed is None else seed}", set_, split)
-    settings: dict[str, Any] = {
-        "out": out,
-        "split": split,
-        "resume": not fresh,
-        "progress": _progress(),
-        "command": command,
-    }
+    settings: dict[str, Any] = {"out": out, "split": split, "resume": not fresh, "progress": _progress()}
     result = train.run(loaded, label, seed=seed, tensorboard=tensorboard, device=device, **settings)
     place = out / loaded.name / f"{label}-seed{result['seed']}"
     retrained = "" if result["retrained"] is None else f", retrained {result['retrained']:.2f} %"
@@ -215,9 +208,10 @@ def main(arguments: list[str] | None = None) -> None:
     except DualpruneError as error:
         print(f"{_name(error)}: {error}", file=sys.stderr)
         sys.exit(_exit_code(error))
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # Typer's answer to Ctrl-C, without a word
+            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        raise
 
 
 def _exit_code(error: DualpruneError) -> int:
@@ -247,11 +241,6 @@ def _progress() -> Progress:
     from dualprune.progress import Bars, Lines
 
     return Bars() if sys.stdout.isatty() else Lines()
-
-
-def _command(name: str, recipe: Path, rest: str, overrides: list[str] | None, split: str) -> str:
-    parts = [f"dualprune {name} {recipe} {rest}", *[f"--set {override}" for override in overrides or ()]]
-    return " ".join([*parts, *([f"--split {split}"] if split != "test" else [])])
 
 
 def _show_comparison(table: dict[str, Any], folder: Path) -> None:

@@ -39,7 +39,7 @@ def compare(
     Args:
         recipe: What to run.
         methods: Labels of the recipe's methods; all of them by default.
-        seeds: The recipe's seed by default.
+        seeds: The recipe's seed by default; one that is named twice counts once.
         out: Results lie in ``out/<recipe.name>``.
         folder: Where results lie, in place of that.
         split: What accuracy is measured on, "test" or "validation".
@@ -53,12 +53,12 @@ def compare(
         The contents of compare.json: recipe, split, paper, and one row a method.
 
     Raises:
-        DualpruneError: an unknown method, unequal budgets, or no tuned settings.
+        DualpruneError: an unknown method, unequal budgets, or no settings tuned for this recipe.
     """
-    labels, seeds = _labels(recipe, methods), list(seeds or [recipe.seed])
+    labels, seeds = _labels(recipe, methods), list(dict.fromkeys(seeds or [recipe.seed]))
     root = Path(folder) if folder is not None else Path(out) / recipe.name
     if not unequal:
-        _check_budgets(recipe, labels)
+        check_budgets(recipe, labels)
     if tuned:
         recipe = _with_tuned(recipe, labels, root / "tune.json")
     from dualprune.train import run
@@ -94,21 +94,21 @@ def tune(
         recipe: What to run.
         methods: Labels of the recipe's methods; all of them by default.
         lrs: One grid of learning rates for all; without it, every method has its own `trials` of the recipe.
-        seeds: The recipe's seed by default; a trial's score is the mean over them.
+        seeds: The recipe's seed by default, each once; a trial's score is the mean over them.
         out: Results lie in ``out/<recipe.name>``.
         resume: False runs everything again.
         progress: Told about steps and epochs.
         device: Where to compute.
 
     Returns:
-        The contents of tune.json: recipe, split, held_out, seeds, grid, and a method's lr, settings and scores
-        {trial: [accuracy]}.
+        The contents of tune.json: recipe, split, held_out, seeds, grid, and a method's lr, settings, scores
+        {trial: [accuracy]} and recipe_sha256, which says for what recipe that was.
 
     Raises:
         DualpruneError: an unknown method, an impossible grid, or neither a grid nor trials.
     """
     labels = [label for label in _labels(recipe, methods) if recipe.epochs(label)]
-    seeds, root = list(seeds or [recipe.seed]), Path(out) / recipe.name
+    seeds, root = list(dict.fromkeys(seeds or [recipe.seed])), Path(out) / recipe.name
     trials = {label: _trials(recipe, label, lrs) for label in labels}
     chosen: dict[str, Any] = {}
     # one dense model serves all trials
@@ -125,9 +125,10 @@ def tune(
         best = max(scores, key=lambda name: statistics.fmean(scores[name]))
         trial = trials[label][best]
         chosen[label] = {"lr": trial["lr"], "settings": trial, "scores": scores}
+        chosen[label]["recipe_sha256"] = recipe.tuning_fingerprint(label, trial)
     grid = list(lrs) or OWN_TRIALS
     table = {"recipe": recipe.name, "split": "validation", "held_out": recipe.data.validation, "seeds": seeds}
-    table |= {"grid": grid, "methods": _earlier_choices(root / "tune.json", grid, seeds) | chosen}
+    table |= {"grid": grid, "methods": _earlier_choices(recipe, root / "tune.json", grid, seeds) | chosen}
     write_json(root / "tune.json", table)
     return table
 
@@ -190,7 +191,12 @@ def _labels(recipe: Recipe, methods: Sequence[str] | None) -> list[str]:
     return labels
 
 
-def _check_budgets(recipe: Recipe, labels: Sequence[str]) -> None:
+def check_budgets(recipe: Recipe, labels: Sequence[str]) -> None:
+    """Refuse methods that train for different numbers of epochs.
+
+    Raises:
+        DualpruneError: they do; the message lists them.
+    """
     epochs = {label: recipe.epochs(label) for label in labels if recipe.epochs(label)}
     if len(set(epochs.values())) > 1:
         listed = ", ".join(f"{label} {count}" for label, count in epochs.items())
@@ -198,7 +204,7 @@ def _check_budgets(recipe: Recipe, labels: Sequence[str]) -> None:
 
 
 def _with_tuned(recipe: Recipe, labels: Sequence[str], path: Path) -> Recipe:
-    """The recipe with the settings of tune.json."""
+    """The recipe with the settings of tune.json, which must have been chosen for it."""
     if not path.exists():
         raise DualpruneError(f"--tuned: no {path}; run 'dualprune tune' first")
     chosen = json.loads(path.read_text(encoding="utf-8"))["methods"]
@@ -206,6 +212,8 @@ def _with_tuned(recipe: Recipe, labels: Sequence[str], path: Path) -> Recipe:
         if recipe.epochs(label):
             if label not in chosen:
                 raise DualpruneError(f"--tuned: {path} has no {label!r}, only {', '.join(chosen)}; tune it first")
+            if not _chosen_for(recipe, label, chosen[label]):
+                raise DualpruneError(f"--tuned: {path}: {label!r} was tuned under other settings; run 'dualprune tune' again")
             recipe = recipe.with_trial(label, _chosen(chosen[label]))
     return recipe
 
@@ -235,12 +243,21 @@ def _chosen(choice: Mapping[str, Any]) -> dict[str, Any]:
     return dict(choice.get("settings") or {"lr": choice["lr"]})
 
 
-def _earlier_choices(path: Path, grid: list[float] | str, seeds: list[int]) -> dict[str, Any]:
-    """What an earlier call chose for other methods, if it had the same grid and seeds."""
+def _chosen_for(recipe: Recipe, label: str, choice: Mapping[str, Any]) -> bool:
+    """Whether the choice was made for this recipe; one of an earlier version does not say, and is taken at its word."""
+    if "recipe_sha256" not in choice:
+        return True
+    return label in recipe.methods and choice["recipe_sha256"] == recipe.tuning_fingerprint(label, _chosen(choice))
+
+
+def _earlier_choices(recipe: Recipe, path: Path, grid: list[float] | str, seeds: list[int]) -> dict[str, Any]:
+    """What an earlier call chose for other methods, if it had the same grid, seeds and recipe."""
     if not path.exists():
         return {}
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    return earlier["methods"] if (earlier["grid"], earlier["seeds"]) == (grid, seeds) else {}
+    if (earlier["grid"], earlier["seeds"]) != (grid, seeds):
+        return {}
+    return {label: choice for label, choice in earlier["methods"].items() if _chosen_for(recipe, label, choice)}
 
 
 def summarise(recipe: Recipe, label: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class Member:
         barrier: why it cannot lose a channel, or None.
         op: the operation's name.
         operands: how many values it gets, those outside the coupling included; numbers and buffers are not counted.
+        pads: whether it may see zeros, or another value, beyond the border.
     """
 
     key: int
@@ -101,6 +102,7 @@ class Member:
     barrier: str | None
     op: str
     operands: int
+    pads: bool
 
     @property
     def side(self) -> str:
@@ -177,6 +179,7 @@ class Graph:
             barrier=self._op_barrier(node, spatial) if module is None else self._layer_barrier(node, role, max(item.idxs)),
             op=_op(node),
             operands=len(inputs),
+            pads=_pads_with_zeros(module) if isinstance(module, _ConvNd) else _op_pads(node),
         )
 
     def _is_weight(self, node: Any) -> bool:
@@ -214,6 +217,13 @@ def _op(node: Any) -> str:
     """Return the operation's name without what autograd adds to it: ReluBackward0 → Relu."""
     name = node.grad_fn.name() if hasattr(node.grad_fn, "name") else ""
     return name.rpartition("::")[2].partition("Backward")[0].lstrip("_")
+
+
+def _op_pads(node: Any) -> bool:
+    """Tell whether an operation mixes what lies beyond the border into its outputs; the maximum is of what is there."""
+    saved = node.grad_fn
+    averages = _op(node) in ("AvgPool2D", "AvgPool3D")
+    return _op(node) == "ConstantPadNd" or (averages and saved._saved_count_include_pad and any(saved._saved_padding))
 
 
 def _mean_dims(mean: Any) -> set[int]:
@@ -366,10 +376,18 @@ def _look(model: nn.Module, probes: list[Call]) -> dict[str, Seen]:
 
 @dataclass(frozen=True)
 class Flow:
-    """Of each root channel, at one place: whether it passes there, owes nothing to the model's input, and is surely zero."""
+    """What is known of each root channel at one place.
+
+    Attributes:
+        here: it passes there.
+        free: it owes nothing to the model's input.
+        even: free, and the same at all positions of inputs of every size: padding makes borders of a constant.
+        zero: it is surely zero.
+    """
 
     here: Tensor
     free: Tensor
+    even: Tensor
     zero: Tensor
 
 
@@ -389,33 +407,38 @@ def _flow(coupling: Coupling) -> dict[int, Flow]:
 def _through(coupling: Coupling, member: Member, flow: Mapping[int, Flow]) -> Flow:
     """Return what comes out of a member; its sources are in `flow`."""
     here = ~_over_roots(coupling, member, None)
-    free, zero, any_zero = _merged(coupling, member, flow)
+    free, even, zero, any_zero = _merged(coupling, member, flow)
     module = member.module
+    if member.pads:
+        even = even & zero
     if module is None and member.op == "Mul":
-        free, zero = free | any_zero, any_zero
+        free, even, zero = free | any_zero, even | any_zero, any_zero
     elif module is None:
         with_number = member.op in ("Add", "Sub") and member.operands < 2
         zero = zero if member.op in _KEEP_ZERO and not with_number else torch.zeros_like(zero)
     elif isinstance(module, _BatchNorm):
         flat = _over_roots(coupling, member, module.weight.detach().cpu() == 0) if module.affine else torch.zeros_like(free)
-        free, zero = free | flat, flat & _over_roots(coupling, member, _unshifted(module))
+        free, even, zero = free | flat, even | flat, flat & _over_roots(coupling, member, _unshifted(module))
     elif width_of(module, OUTPUTS) and not isinstance(module, nn.PReLU):
         dead = _over_roots(coupling, member, ~nonzero_slices(module, OUTPUTS))
-        free, zero = free | dead, (zero | dead) & _over_roots(coupling, member, _unshifted(module))
-    return Flow(here, free & here, zero & free & here)
+        silent = _over_roots(coupling, member, _unshifted(module))
+        free, even, zero = free | dead, even | dead, (zero | dead) & silent
+    return Flow(here, free & here, even & free & here, zero & free & here)
 
 
-def _merged(coupling: Coupling, member: Member, flow: Mapping[int, Flow]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where all sources are free, all are zero, any is zero. Only concatenations may have sources elsewhere."""
+def _merged(coupling: Coupling, member: Member, flow: Mapping[int, Flow]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return where all sources are free, even, zero, and where any is zero; only concatenations have sources elsewhere."""
     sources, none = [flow[s] for s in member.sources if s in flow], torch.zeros(coupling.size, dtype=torch.bool)
     any_zero = reduce(or_, (s.zero for s in sources), none)
     if member.op == "Cat":
         there = reduce(or_, (s.here for s in sources), none)
         free = reduce(and_, (s.free | ~s.here for s in sources), there)
-        return free, reduce(and_, (s.zero | ~s.here for s in sources), free), any_zero
+        even = reduce(and_, (s.even | ~s.here for s in sources), free)
+        return free, even, reduce(and_, (s.zero | ~s.here for s in sources), free), any_zero
     if not sources or len(sources) < member.operands:
-        return none, none, any_zero
-    return reduce(and_, (s.free for s in sources)), reduce(and_, (s.zero for s in sources)), any_zero
+        return none, none, none, any_zero
+    free, even, zero = (reduce(and_, (getattr(s, key) for s in sources)) for key in ("free", "even", "zero"))
+    return free, even, zero, any_zero
 
 
 def _unshifted(module: nn.Module) -> Tensor:
@@ -450,10 +473,10 @@ def _verdicts(coupling: Coupling, seen: Mapping[str, Seen]) -> list[str | None]:
         if member.barrier:
             barriers.update((r, member.barrier) for r in member.root.tolist() if r not in barriers)
         elif member.role == "consumer" and member.module is not None:
-            free = _merged(coupling, member, flow)[0].tolist()
+            free, even = (known.tolist() for known in _merged(coupling, member, flow)[:2])
             uses = nonzero_slices(member.module, INPUTS).tolist()
             for c, r in member.pairs():
-                why = _objection(member, seen[member.name], c) if uses[c] and free[r] else None
+                why = _objection(member, seen[member.name], c, even[r]) if uses[c] and free[r] else None
                 objections[r] = objections.get(r) or why
                 if uses[c] and not free[r]:
                     others = makers.get(r, "what cannot be followed")
@@ -474,11 +497,13 @@ def _makers(coupling: Coupling) -> dict[int, str]:
     return {r: ", ".join(names[:_SHOWN]) + ", …" * (len(names) > _SHOWN) for r, names in makers.items()}
 
 
-def _objection(reader: Member, seen: Seen, c: int) -> str | None:
+def _objection(reader: Member, seen: Seen, c: int, even: bool) -> str | None:
     """Say why a reader cannot do without channel `c`, which owes nothing to the model's input; None if it can."""
     advice = "dualprune.silence(model, example) makes it zero"
     if not seen.constant.numel() or not seen.constant[c]:
         return f"a bias or batch norm makes it differ between positions where {reader.name} reads it; {advice}"
+    if not even:
+        return f"a bias or batch norm, then padding, makes it vary with the input's size where {reader.name} reads it; {advice}"
     if float(seen.value[c]) == 0 or _folds_constants(reader.module):
         return None
     why = "has no bias" if getattr(reader.module, "bias", None) is None else "pads with zeros"
@@ -489,10 +514,12 @@ def _folds_constants(module: nn.Module | None) -> bool:
     """Tell whether a constant input channel adds the same to all positions, and there is a bias to take it over."""
     if getattr(module, "bias", None) is None or isinstance(module, nn.Linear):
         return isinstance(module, nn.Linear) and module.bias is not None
-    if not isinstance(module, _ConvNd) or module.transposed:
-        return False
+    return isinstance(module, _ConvNd) and not module.transposed and not _pads_with_zeros(module)
+
+
+def _pads_with_zeros(module: _ConvNd) -> bool:
     padded = max(module.kernel_size) > 1 if module.padding == "same" else module.padding != "valid" and any(module.padding)
-    return module.padding_mode != "zeros" or not padded
+    return module.padding_mode == "zeros" and padded
 
 
 def _folds(coupling: Coupling, roots: Sequence[int], seen: Mapping[str, Seen]) -> dict[str, Tensor]:

@@ -129,7 +129,8 @@ def each(rows: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
     result: dict[int, Tensor] = {}
     for groups in dict.fromkeys(spans):
         members = [i for i, s in enumerate(spans) if s == groups]
-        summed = _all_reduce(torch.stack([rows[i] for i in members]), groups)
+        device = rows[members[0]].device  # Z and Λ may lie beside their weights' device
+        summed = _all_reduce(torch.stack([rows[i].to(device) for i in members]), groups)
         result |= zip(members, summed, strict=True)
     return [result[i] for i in range(len(rows))]
 
@@ -164,8 +165,11 @@ def _total(rows: Sequence[Tensor], spans: Sequence[Span]) -> Tensor:
 
 
 def _all_reduce(t: Tensor, groups: Span) -> Tensor:
+    """Return the sum over the groups, on t's device; NCCL takes none of a CPU's tensors, Gloo takes all."""
     for group in groups:
-        dist.all_reduce(t, group=group)
+        there = t.to(_device(group)) if t.device.type == "cpu" else t
+        dist.all_reduce(there, group=group)
+        t = there.to(t.device)
     return t
 
 
@@ -301,7 +305,8 @@ def check_replicas(tensors: Mapping[str, Tensor], group: Group) -> None:
     """
     if group is None or not tensors:
         return
-    hashes = torch.stack(each([_hash(local(t)) for t in tensors.values()], list(tensors.values()))).to(_device(group))
+    device = _device(group)  # state_device keeps Z and Λ elsewhere than weights
+    hashes = torch.stack(each([_hash(local(t)).to(device) for t in tensors.values()], list(tensors.values())))
     everyone = [torch.empty_like(hashes) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, hashes, group=group)
     for i, name in enumerate(tensors):
@@ -403,17 +408,18 @@ def placed(saved: Tensor, t: Tensor, what: str) -> Tensor:
     """Return a saved tensor of t's shape as `t` lies on the ranks: a whole one is cut up.
 
     Raises:
-        DualpruneError: it is cut up otherwise, as by another number of ranks.
+        DualpruneError: it is cut up otherwise, as by another number of ranks, or another rank saved it.
     """
     if not hasattr(t, "to_local") and not hasattr(saved, "to_local"):
         return saved
     if not hasattr(saved, "to_local"):
         return like(t, saved[Part.of(t).slices])
     there, here = getattr(saved, "placements", ()), getattr(t, "placements", ())
-    if tuple(here) != tuple(there) or local(saved).shape != local(t).shape:
+    alike = tuple(here) == tuple(there) and local(saved).shape == local(t).shape
+    if not alike or _mesh(saved).get_coordinate() != _mesh(t).get_coordinate():
         raise DualpruneError(
-            f"state {what}: it was saved on {_mesh(saved).size()} ranks as {there}, here it is "
-            f"{here or 'on one rank'}. Save by torch.distributed.checkpoint and read it by "
+            f"state {what}: it was saved on {_mesh(saved).size()} ranks as {there} or by another rank, here "
+            f"it is {here or 'on one rank'}. Save by torch.distributed.checkpoint and read it by "
             "pruner.load_checkpoint(path), which cuts it up anew"
         )
     return saved

@@ -717,8 +717,8 @@ def _contents(file: BinaryIO) -> _Contents:
         raise FormatError(f"truncated or not a safetensors file: of {size} bytes, {length} would be its header")
     header = _parse(file.read(length), "the header")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError(f"__metadata__ maps text to text, got {_show(metadata)}")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) and _is_unicode(v) for v in metadata.values()):
+        raise FormatError(f"__metadata__ maps text to valid text, got {_show(metadata)}")
     parts = {name: _part(name, entry, 8 + length) for name, entry in header.items()}
     _check_tiling(parts, 8 + length, size)
     layouts, aliases = _table(metadata, parts)

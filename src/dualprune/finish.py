@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any], group: Any 
     """Re-estimate the running statistics of every batch norm as the plain average over `batches`; no gradient step.
 
     Only batch-norm layers are put into training mode: dropout stays off, and every layer's mode and momentum return.
+    SyncBatchNorm works rank by rank meanwhile, so that ranks may have unequal numbers of batches.
 
     Args:
         model: the module; called as model(x), model(*…) is never used, and model(**batch) for a mapping.
@@ -52,9 +54,10 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any], group: Any 
             layer.reset_running_stats()
             layer.momentum = None  # cumulative average
             layer.train()
-        for batch in batches:
-            forward_batch(model, batch, device)
-            seen += 1
+        with _unsynchronised(layers):
+            for batch in batches:
+                forward_batch(model, batch, device)
+                seen += 1
         if not (seen := _average(layers, seen, group)):
             raise DualpruneError(
                 "batch-norm re-estimation got no batches: is the loader empty, or an iterator already used up?"
@@ -79,6 +82,19 @@ def batch_norm_restored(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         _restore(layers, saved)
+
+
+@contextmanager
+def _unsynchronised(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let SyncBatchNorm see its own rank only: in training mode it would wait for ranks that have no batch left."""
+    synchronised: list[Any] = [m for m in layers if isinstance(m, nn.SyncBatchNorm) and "forward" not in vars(m)]
+    for layer in synchronised:
+        layer.forward = partial(_BatchNorm.forward, layer)
+    try:
+        yield
+    finally:
+        for layer in synchronised:
+            del layer.forward
 
 
 def cut_(weights: Iterable[Tensor], drops: Iterable[Tensor]) -> None:

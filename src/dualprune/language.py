@@ -15,6 +15,7 @@ from dualprune.errors import DualpruneError
 from dualprune.files import write_json
 from dualprune.layerwise import prune_layerwise
 
+HEADS = ("LMHeadModel", "ForCausalLM")  # ends of the names of classes that predict the next token
 HELD_OUT = 0.1  # the end of the text, which perplexity is measured on
 LONGEST = 2048  # tokens in a window, where neither the caller nor the model says less
 
@@ -79,7 +80,7 @@ def prune_pretrained(
     batches = [calibration[start : start + length][None] for start in starts.tolist()]
     tests = list(held[: len(held) // length * length].view(-1, length)[:measured].split(1))
 
-    has_head = model.get_output_embeddings() is not None
+    has_head = type(model).__name__.endswith(HEADS)
     dense = perplexity(model, tests) if has_head else None
     report = prune_layerwise(model, batches, method, sparsity=sparsity, pattern=pattern, blocks=blocks, refit=refit, note=note)
     pruned = perplexity(model, tests) if has_head else None
@@ -126,12 +127,13 @@ def _transformers() -> Any:
 
 
 def _load(transformers: Any, name: str) -> tuple[Any, Any]:
-    """Return the tokenizer and the model, with its language-modelling head where it was saved with one."""
+    """Return the tokenizer and the model, of the class it was saved by, with that class's head and names."""
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        kind = str((getattr(config, "architectures", None) or [""])[0])
-        auto = transformers.AutoModelForCausalLM if kind.endswith(("LMHeadModel", "ForCausalLM")) else transformers.AutoModel
-        return transformers.AutoTokenizer.from_pretrained(name), auto.from_pretrained(name, dtype="auto")
+        kind = getattr(transformers, str((getattr(config, "architectures", None) or [""])[0]), None)
+        known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+        loader: Any = kind if known else transformers.AutoModel
+        return transformers.AutoTokenizer.from_pretrained(name), loader.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DualpruneError(f"cannot load the model {name!r}: {reason}") from error

@@ -227,6 +227,11 @@ def _find_layers(blocks: Mapping[str, nn.Module], ignore: str | Iterable[str]) -
         raise DualpruneError("nothing to prune: every linear layer of the blocks is ignored")
     owners: dict[int, str] = {}
     for name, layer in left.items():
+        if "weight" not in layer._parameters:
+            raise DualpruneError(
+                f"{name} is computed from other tensors, so what is written to it is lost: make it permanent first "
+                "(parametrize.remove_parametrizations, prune.remove), or ignore it"
+            )
         owner = owners.setdefault(id(layer.weight), name)
         if owner != name:
             raise DualpruneError(f"{name} and {owner} are one weight with the inputs of two layers: ignore both")
@@ -272,6 +277,9 @@ def _trace(model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[
     return chain
 
 
+_CACHELESS = {"past_key_values": None, "use_cache": False}  # blocks run more than once a batch: a cache would grow
+
+
 class _Watch:
     """Hooks that note how each block is called, and make sure that each is fed by the one before."""
 
@@ -298,7 +306,8 @@ class _Watch:
                     "name whole blocks with blocks=, everything between the first and the last of them included"
                 )
             self.ran.append(name)
-            self.chain.calls.setdefault(name, []).append(_Call(args[1:], named))
+            cacheless = {key: value for key, value in _CACHELESS.items() if key in named}
+            self.chain.calls.setdefault(name, []).append(_Call(args[1:], named | cacheless))
 
         return hook
 
@@ -351,15 +360,21 @@ def _first(out: Any) -> Any:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Put everything into eval mode, and transformers' key-value cache off: blocks run more than once a batch here."""
     modes = {module: module.training for module in model.modules()}
-    config: Any = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
+    cached = _caching(model)
     model.eval()
     try:
-        if cached:
+        for config in cached:
             config.use_cache = False
         yield
     finally:
-        if cached:
-            config.use_cache = cached
+        for config in cached:
+            config.use_cache = True
         for module, mode in modes.items():
             module.training = mode
+
+
+def _caching(model: nn.Module) -> list[Any]:
+    """Return every configuration in the model, and in a configuration such as `text_config`, whose cache is on."""
+    outer = [getattr(module, "config", None) for module in model.modules()]
+    nested = [value for config in outer for value in getattr(config, "__dict__", {}).values()]
+    return list({id(config): config for config in outer + nested if getattr(config, "use_cache", None) is True}.values())

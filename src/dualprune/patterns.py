@@ -197,7 +197,7 @@ class Block(_Grouped):
     columns: int
 
     def __post_init__(self) -> None:
-        if not all(isinstance(v, int) and v > 0 for v in (self.rows, self.columns)):
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in (self.rows, self.columns)):
             raise DualpruneError(f"Block(rows, columns) expects positive integers, got {self.rows!r}, {self.columns!r}")
 
     def check(self, shape: Shape) -> None:  # noqa: D102

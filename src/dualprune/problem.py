@@ -21,6 +21,7 @@ from dualprune.quantise import check_bits, snap
 
 logger = logging.getLogger("dualprune")
 
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 UNMADE = "not materialised (lazy or meta)"
 
 Rule = str | float | Pattern | tuple[str | Pattern, float]
@@ -128,6 +129,13 @@ class Problem:
         widths = sorted({t.bits for t in self.targets if t.bits is not None})
         lines += [f"  on a grid of {b} bits: {_some([t.name for t in self.targets if t.bits == b])}" for b in widths]
         lines += [f"  tied, with one mask over their units: {', '.join(names)}" for names in self.tied_names]
+        pools: dict[tuple[Pattern, float], set[str]] = {}
+        for t in self.targets:
+            if t.pooled:
+                kind = f"{str(t.weight.dtype).removeprefix('torch.')} on {t.weight.device}"
+                pools.setdefault((t.pattern, t.sparsity), set()).add(kind)
+        for kinds in (kinds for kinds in pools.values() if len(kinds) > 1):
+            lines.append(f"  no threshold is shared between {' and '.join(sorted(kinds))}: each keeps its own share")
         if self.frozen is not None:
             lines.append(f"  {sum(count_nonzero(self.frozen)):,} weights are zero already and stay zero")
         reasons: dict[str, list[str]] = {}
@@ -160,7 +168,8 @@ def build_problem(
         patterns: globs over parameter names → a pattern ("2:4", Filter()), a sparsity (0.9), or both (("filter", 0.5)).
             The first glob that matches a name (or its module's, or a tied parameter's other one) decides;
             parameters of fewer than two dimensions are reached by their exact name only.
-        ignore: globs of parameters to leave alone; None leaves the first and last layer, () none.
+        ignore: globs of parameters to leave alone; None leaves the first and last layer and what is no layer's weight (norms,
+            class tokens, position embeddings, bias tables), () none of them.
         budget: "uniform", "erk" or "global"; a sparsity given in `patterns` is not touched by it.
         bits: 2 to 8 to end on a grid of so many bits as well: a number for all that is pruned, or globs over names → numbers,
             the first match decides. A weight that is only to be quantised is pruned at sparsity 0.
@@ -169,8 +178,7 @@ def build_problem(
         ties: lists of names of parameters whose units are kept or dropped together, ranked by the sum of their energies.
 
     Raises:
-        DualpruneError: a glob matches nothing, a pattern does not fit, nothing is left to prune, a tie cannot be kept, or
-            there are more zeros to keep than were asked for.
+        DualpruneError: a glob matches nothing, a pattern does not fit, nothing is left to prune, or a tie cannot be kept.
     """
     asked = resolve_sparsity(rate, sparsity)
     check_budget(budget)
@@ -181,6 +189,9 @@ def build_problem(
         if name != home:
             aliases[home] = (*aliases.get(home, ()), name)
     skipped = {name: "fewer than two dimensions" for name, p in named.items() if _dims(p) < 2}
+    if ignore is None:
+        beside = _beside_layers(model)
+        skipped |= {name: "no layer's weight" for name, p in named.items() if _dims(p) >= 2 and id(p) in beside}
     ignored = _ignored([home for home in homes.values() if home not in skipped], homes, ignore)
     owned = None if trainable is None else {id(p) for p in trainable}
     _all_match([glob for glob, *_ in rules], homes, "patterns")
@@ -210,7 +221,6 @@ def build_problem(
     problem.ties = _resolve_ties(problem, ties or (), homes)
     if keep_zeros:
         problem.frozen = [w == 0 for w in problem.weights]
-        _check_frozen(problem)
     return problem
 
 
@@ -312,7 +322,7 @@ def _pool_masks(groups: Sequence[Sequence[Member]], sparsity: float) -> list[Ten
     return [mask for k, group in zip(parts, groups, strict=True) for mask in _spread(k, group)]
 
 
-def _check_frozen(problem: Problem) -> None:
+def check_frozen(problem: Problem) -> None:
     """Refuse zeros beyond those asked for; a stray one in a thousand weights is forgiven."""
     asked: dict[tuple[Pattern, float] | str, list[tuple[Target, Tensor]]] = {}
     for target, zeros in zip(problem.targets, problem.frozen or (), strict=True):
@@ -407,12 +417,25 @@ def _ignored(prunable: Sequence[str], homes: Mapping[str, str], ignore: Iterable
     return {home: "ignored" for name, home in homes.items() if any(_matches(g, name) for g in globs)}
 
 
+def _beside_layers(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters of two or more dimensions that are no layer's weight, by module, name or shape."""
+    beside: set[int] = set()
+    for module in model.modules():
+        for own, p in module.named_parameters(recurse=False):
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                continue
+            vector = sum(n > 1 for n in p.shape) < 2
+            if isinstance(module, NORMS) or ("weight" not in own and (vector or re.search("pos|token|bias|embed", own))):
+                beside.add(id(p))
+    return beside
+
+
 def _matches(glob: str, name: str) -> bool:
     return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)
 
 
 def _reaches(glob: str, names: Sequence[str], weight: nn.Parameter) -> bool:
-    """Tell whether a rule means this parameter; biases and norms are never caught by accident."""
+    """Tell whether a rule means this parameter; a glob never catches those of fewer than two dimensions by accident."""
     return any(_matches(glob, name) for name in names) if _dims(weight) >= 2 else glob in names
 
 

@@ -21,7 +21,8 @@ from dualprune.budget import compression_rate
 from dualprune.distributed import count_nonzero, local
 from dualprune.errors import DualpruneError, NonFiniteError
 from dualprune.finish import batch_norm_restored, cut_, recalibrate_batch_norm
-from dualprune.problem import Problem, Rule, build_problem, parameter_name
+from dualprune.patterns import KernelPattern
+from dualprune.problem import Problem, Rule, build_problem, check_frozen, parameter_name
 from dualprune.quantise import Held, fit_scale, snap
 from dualprune.solvers import ADMM, SLR, GradualMagnitude, Magnitude
 from dualprune.solvers.base import Clock, Method, Row, Store
@@ -64,7 +65,8 @@ def attach(
         rate: how many times fewer weights in the pruned layers (10 keeps a tenth); or
         sparsity: the fraction removed (0.9). Without either, only what `patterns` names is pruned.
         patterns: globs over parameter names → "2:4", Filter(), 0.9 or (pattern, sparsity); the first match decides.
-        ignore: globs left alone; None leaves the first and last layer (and says so), () none.
+        ignore: globs left alone; None leaves the first and last layer and what is no layer's weight, such as position
+            embeddings (and says so); () prunes every parameter of two or more dimensions.
         budget: how `rate` spreads over layers: "uniform", "erk" or "global" (one threshold for all).
         bits: 2 to 8 for weights that end on a grid of so many bits as well (docs/quantisation.md): a number for all that is
             pruned, or globs → numbers. Held weights follow the steps from level to level; after finish() they stay.
@@ -93,13 +95,12 @@ def attach(
         raise DualpruneError(f"{type(method).__name__} works through an optimizer's steps: pass the one of your loop")
     if optimizer is not None:
         optimizer = _innermost(optimizer)
-        _check_optimizer(optimizer)
-    if method.penalises and any(group.get("maximize") for group in optimizer.param_groups):  # type: ignore[union-attr]
-        raise DualpruneError("maximize=True would climb the penalty too: minimise the negated objective instead")
+        _check_optimizer(optimizer, method)
     total_steps = _check_steps("total_steps", total_steps)
     if method.needs_total_steps and total_steps is None:
         raise DualpruneError(f"{type(method).__name__} moves with the run: pass total_steps=epochs * len(loader)")
     every = _check_steps("every", every) or _default_every(method, total_steps)
+    _check_room(method, every, total_steps)
     trainable = None if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
     problem = build_problem(
         model, rate=rate, sparsity=sparsity, patterns=patterns, ignore=ignore, budget=budget, bits=bits, trainable=trainable,
@@ -137,6 +138,7 @@ class Pruner:
         self.process_group: Any = None
         self.checks_replicas = False
         self._evaluating = False
+        self._zeros_are_few = problem.frozen is None  # checked before anything moves, but not on the way to a loaded state
         self._drops: list[Tensor] | None = None  # True = dropped; set while masks are on
         self._grids: dict[str, Held] = {}  # of quantised weights, from the hold or the cut on
         self._loss_sum: Tensor | float = 0.0
@@ -179,10 +181,11 @@ class Pruner:
             raise DualpruneError("the masks are fixed: there is nothing to update after finish() or during the hold")
         if self._evaluating:
             raise DualpruneError("update() inside evaluate(): the weights there are cut copies, leave the context first")
+        self._require_few_zeros()
         loss = self._mean_loss()
-        self._require_finite_weights()
-        if self.checks_replicas:
+        if self.checks_replicas:  # before anything that one rank alone may raise: the others would wait for its hashes
             distributed.check_replicas(self._replicated(), self._group)
+        self._require_finite_weights()
         row = self.solver.update(Clock(loss, self.progress, self._lr()))
         if self._drops is not None:
             cut_(self.problem.weights, self._drops)
@@ -196,6 +199,7 @@ class Pruner:
             )
         if self._evaluating:
             raise DualpruneError("optimizer.step() inside pruner.evaluate(): the weights there are cut copies, step outside")
+        self._require_few_zeros()
         if not self.step_count:
             self._require_own_weights()
         if self.solver.penalises and not self.finished and not self._holding:
@@ -255,6 +259,7 @@ class Pruner:
         self._require_own_weights()
         weights = [local(w) for w in self.problem.weights]
         with torch.no_grad():
+            self._require_finite_weights()
             saved = [w.clone() for w in weights]
         self._evaluating = True
         try:
@@ -287,14 +292,15 @@ class Pruner:
         if self._evaluating:
             raise DualpruneError("finish() inside evaluate(): leave the context first")
         self._require_own_weights()
+        self._require_few_zeros()
         if not self.finished:
             self._require_finite_weights()
             self._drops = [d.clone() for d in self._cut()]
             self._grids = self._held_grids()
             for tensors in self.solver.tensors.values():
                 tensors.clear()
-            self.finished = True
             self._check_reached()
+            self.finished = True
             distributed.reshard(self.model)
         if calibrate is not None:
             recalibrate_batch_norm(self.model, calibrate, self._group)
@@ -314,7 +320,7 @@ class Pruner:
             DualpruneError: this is no optimizer, another pruner is attached to it, or it lacks a pruned parameter.
         """
         optimizer = _innermost(optimizer)
-        _check_optimizer(optimizer)
+        _check_optimizer(optimizer, self.method)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if missing := [t.name for t in self.problem.targets if id(t.weight) not in owned]:
             raise DualpruneError(
@@ -354,9 +360,14 @@ class Pruner:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Boolean masks by parameter name, True = keep: those in force, or those a cut now would give; sharded as weights."""
+        """Boolean masks by parameter name, True = keep, that a cut now would give or has given; sharded as the weights are."""
         with torch.no_grad():
             return {t.name: ~d for t, d in zip(self.problem.targets, self._final()[1], strict=True)}
+
+    @property
+    def dropped(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Pairs of a parameter and True where masks in force now hold it at zero; none while nothing is masked."""
+        return [(t.weight, drop) for t, drop in zip(self.problem.targets, self._drops or (), strict=self._drops is not None)]
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -407,7 +418,7 @@ class Pruner:
             "total_steps": self.total_steps, "step_count": self.step_count, "finished": self.finished,
             "scalars": self.solver.scalars, "loss_count": self._loss_count, "history": self.history,
             "targets": self._described_targets, "scales": {name: held.scale for name, held in self._grids.items()},
-            "keep_zeros": self.problem.frozen is not None, "ties": self.problem.tied_names,
+            "keep_zeros": self.problem.frozen is not None, "ties": self.problem.tied_names, "pooled": self._pooled,
         }  # fmt: skip
         loss_sum = torch.as_tensor(self._loss_sum, dtype=torch.float32).detach().cpu().clone()
         state["loss_sum"] = distributed.per_rank(loss_sum, self.problem.weights)
@@ -446,6 +457,7 @@ class Pruner:
             mine.copy_(saved)
         self.solver.scalars = dict(meta["scalars"])
         self.step_count, self.finished, self.history = meta["step_count"], meta["finished"], list(meta["history"])
+        self._zeros_are_few = True
         self._loss_sum, self._loss_count = distributed.own(state["loss_sum"], self.problem.weights), meta["loss_count"]
         if held is not None:
             self._drops = [d.to(local(w).device) for d, w in zip(held, self.problem.weights, strict=True)]
@@ -501,7 +513,8 @@ class Pruner:
     def _final(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the weights a cut now would give, where they are kept, and what it would drop; nothing is changed."""
         weights = self.problem.weights
-        if self._drops is not None and (self.finished or self._holding):
+        fixed = self.finished or self._holding or (self.solver.fixed_size and not self._quantised)
+        if self._drops is not None and fixed:
             on_grid = [t.name in self._grids for t in self.problem.targets]
             return weights, [d | (w == 0) if q else d for d, w, q in zip(self._drops, weights, on_grid, strict=True)]
         points, masks = self.problem.project(weights)
@@ -543,8 +556,15 @@ class Pruner:
         self.history.append(row)
         return row
 
+    def _require_few_zeros(self) -> None:
+        if not self._zeros_are_few:
+            check_frozen(self.problem)
+            self._zeros_are_few = True
+
     def _check_reached(self) -> None:
         for target, weight in zip(self.problem.targets, self.problem.weights, strict=True):
+            if target.bits is not None and isinstance(target.pattern, KernelPattern):
+                continue  # zeros that the grid makes inside a shape hide which shape it was
             if not target.pooled and not sharded.contains(target.pattern, weight, target.sparsity):
                 raise DualpruneError(f"{target.name} did not reach {target.pattern} at sparsity {target.sparsity}")
 
@@ -556,6 +576,14 @@ class Pruner:
             for t in self.problem.targets
         }
 
+    @property
+    def _quantised(self) -> bool:
+        return any(t.bits is not None for t in self.problem.targets)
+
+    @property
+    def _pooled(self) -> list[str]:
+        return [t.name for t in self.problem.targets if t.pooled]
+
     def _check_same_run(self, meta: Mapping[str, Any]) -> None:
         mine = self._described_targets
         theirs = meta["targets"]
@@ -565,10 +593,11 @@ class Pruner:
                 f"this state is of another pruning problem: {odd} is {theirs.get(odd, 'absent')} in the state "
                 f"and {mine.get(odd, 'absent')} here. Attach with the same model, patterns, rate, bits and ignore"
             )
-        meta = {"keep_zeros": False, "ties": []} | dict(meta)
+        meta = {"keep_zeros": False, "ties": [], "pooled": self._pooled} | dict(meta)  # what older states do not have
         for what, here in (
             ("method", repr(self.method)), ("every", self.every), ("total_steps", self.total_steps),
             ("keep_zeros", self.problem.frozen is not None), ("ties", self.problem.tied_names),
+            ("pooled", self._pooled),
         ):  # fmt: skip
             if meta[what] != here:
                 raise DualpruneError(
@@ -606,11 +635,24 @@ def _innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _check_optimizer(optimizer: Optimizer) -> None:
+def _check_room(method: Method, every: int, total_steps: int | None) -> None:
+    """Refuse a period that leaves no update before the run, or its part without a fixed mask, ends."""
+    if total_steps is None or isinstance(method, Magnitude):
+        return
+    end = total_steps if method.hold_from == math.inf else math.ceil(method.hold_from * total_steps) - 1
+    if every > end:
+        raise DualpruneError(
+            f"every={every} leaves no update in the {end} of {total_steps} steps before the masks are fixed: take a smaller one"
+        )
+
+
+def _check_optimizer(optimizer: Optimizer, method: Method) -> None:
     if not isinstance(optimizer, Optimizer):
         raise DualpruneError(f"expected a torch optimizer, got {type(optimizer).__name__}; pass the one your loop steps")
     if optimizer in _attached:
         raise DualpruneError("this optimizer has a pruner already: call its detach() before attaching another")
+    if method.penalises and any(group.get("maximize") for group in optimizer.param_groups):
+        raise DualpruneError("maximize=True would climb the penalty too: minimise the negated objective instead")
 
 
 def _overflowed(optimizer: Optimizer) -> bool:

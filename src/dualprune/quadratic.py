@@ -64,22 +64,25 @@ class Quadratic:
         for what, tensor in (("a weight", weight), ("an input", gram)):
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(f"{what} is NaN or infinite")
-        H, W = gram.clone(), weight.clone()
+        H = gram.clone()
         energy = H.diagonal().clone()
         H.diagonal().add_(damping * energy.mean())
         H.diagonal().masked_fill_(H.diagonal() == 0, 1.0)
-        W[:, energy == 0] = 0  # what never sees an input costs nothing and goes first
         scale = H.diagonal().sqrt()
-        return cls(W * scale, H / scale / scale[:, None], scale, energy.sqrt(), pattern, sparsity)
+        return cls(weight * scale, H / scale / scale[:, None], scale, energy.sqrt(), pattern, sparsity)
 
     def objective(self, W: Tensor) -> float:
-        """Return ½ tr (W − W₀) H (W − W₀)ᵀ."""
-        gap = W - self.W0
+        """Return ½ tr (W − W₀) H (W − W₀)ᵀ, where weights that never see an input cost nothing."""
+        gap = (W - self.W0) * (self.norms > 0)
         return float(((gap @ self.H) * gap).sum(dtype=torch.float64)) / 2
 
     def error(self, W: Tensor) -> float:
         """Return the objective as a fraction of what pruning everything costs."""
         return self.objective(W) / (self.objective(torch.zeros_like(W)) or 1.0)
+
+    def seen(self) -> Quadratic:
+        """Return the problem with W₀ zero for inputs that are never there, so that their weights go first."""
+        return replace(self, W0=self.W0 * (self.norms > 0))
 
     def project(self, W: Tensor) -> Tensor:
         """Return the nearest point of the set in these coordinates."""
@@ -119,6 +122,7 @@ def sparsegpt(q: Quadratic, block: int = 128) -> Tensor:
     U is the upper Cholesky factor of H⁻¹: its row j is the optimal-brain-surgeon update after columns < j are settled.
     The mask of a block of columns (of a group of m) is chosen when its first column is reached (Algorithm 1).
     """
+    q = q.seen()
     W, U, group = q.W0.clone(), _inverse_factor(q.H), q.pattern.m if isinstance(q.pattern, NM) else 0
     rows, columns = W.shape
     block = block // (group or 1) * (group or 1) or group
@@ -153,6 +157,7 @@ def _inverse_factor(H: Tensor) -> Tensor:
 
 def dual(q: Quadratic, method: DualMethod, updates: int = UPDATES) -> Tensor:
     """Alternate the exact minimiser over W with the library's own update of Z, Λ, s and ρ; then W ← Π(W)."""
+    q = q.seen()
     weight = nn.Parameter(q.W0.clone(), requires_grad=False)
     solver = method.start(Problem([Target("weight", weight, q.pattern, q.sparsity)]), Store())
     (Z,), (lam,) = solver.tensors["Z"], solver.tensors["lam"]
@@ -168,6 +173,7 @@ def alps(q: Quadratic, rho: float = 0.1, iterations: int = 300, check: int = 3) 
 
     Every third iteration ρ grows by 1.3, 1.2 or 1.1 as at least a tenth, 0.5 % or any of the kept weights are others.
     """
+    q = q.seen()
     Z, lam = q.project(q.W0), torch.zeros_like(q.W0)
     W, support = q.W0, Z != 0
     kept = int(support.sum())

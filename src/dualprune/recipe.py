@@ -11,9 +11,11 @@ import json
 import math
 import os
 import re
+import shlex
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -375,7 +377,7 @@ class MethodTable(BaseModel):
             said = f"{self.kind!r} has no constants of a paper"
             raise DualpruneError(f"base = 'paper' is for slr, admm, reweighted and safe; {said}")
         given = dict(self.model_extra or {})
-        known = {field.name for field in fields(solver) if field.init}
+        known = {one.name for one in fields(solver) if one.init}
         for key in given:
             if key not in known:
                 own = [*type(self).model_fields, *sorted(known)]
@@ -385,6 +387,14 @@ class MethodTable(BaseModel):
             return replace(built, **{key: _field(key, value) for key, value in given.items()})
         except TypeError as error:
             raise DualpruneError(f"a value in {given} has the wrong type: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """How a recipe came to be: its file, and what was set in place of what stands there. Equal recipes may differ in it."""
+
+    source: Path | None = field(default=None, compare=False)
+    overrides: tuple[str, ...] = field(default=(), compare=False)
 
 
 class Recipe(_Table):
@@ -402,12 +412,12 @@ class Recipe(_Table):
     dense: DenseTable | None = None
     robust: RobustTable | None = None
     paper: dict[str, Any] = {}
-    _source: Path | None = PrivateAttr(default=None)
+    _origin: _Origin = PrivateAttr(default=_Origin())
 
     @property
     def source(self) -> Path | None:
         """The file this recipe was read from, as the user wrote it."""
-        return self._source
+        return self._origin.source
 
     def method(self, label: str) -> MethodTable:
         """The table ``[methods.LABEL]``; an unknown label is an error with a suggestion."""
@@ -427,15 +437,16 @@ class Recipe(_Table):
 
     def with_lr(self, label: str, lr: float) -> Recipe:
         """This recipe with another peak learning rate for one method."""
-        return self._with(methods={**self.methods, label: self.method(label).model_copy(update={"lr": lr})})
+        return self._with(label, self.method(label).model_copy(update={"lr": lr}), {"lr": lr})
 
     def with_trial(self, label: str, trial: Mapping[str, Any]) -> Recipe:
         """This recipe with a trial's keys for one method: lr, updates_per_epoch and fields of its solver."""
-        return self._with(methods={**self.methods, label: self.method(label).with_trial(trial)})
+        return self._with(label, self.method(label).with_trial(trial), trial)
 
-    def _with(self, **changes: Any) -> Recipe:
-        changed = self.model_copy(update=changes)
-        changed._source = self._source
+    def _with(self, label: str, table: MethodTable, settings: Mapping[str, Any]) -> Recipe:
+        changed = self.model_copy(update={"methods": {**self.methods, label: table}})
+        set_ = [f"methods.{_key(label)}.{_key(key)}={_value(value)}" for key, value in settings.items()]
+        changed._origin = replace(self._origin, overrides=(*self._origin.overrides, *set_))
         return changed
 
     def patterns(self) -> dict[str, Any] | None:
@@ -469,7 +480,7 @@ class Recipe(_Table):
         if self.model.weights is None:
             return None
         given = Path(self.model.weights).expanduser()
-        roots = [self._source.parent if self._source else None, Path(), os.environ.get("DUALPRUNE_WEIGHTS")]
+        roots = [self.source.parent if self.source else None, Path(), os.environ.get("DUALPRUNE_WEIGHTS")]
         tried = list(dict.fromkeys(Path(root) / given for root in roots if root is not None))
         for path in tried:
             if path.is_file():
@@ -480,8 +491,17 @@ class Recipe(_Table):
             "put it there, or set DUALPRUNE_WEIGHTS to the folder that holds it"
         )
 
-    def fingerprint(self, label: str, seed: int, split: str) -> str:
-        """SHA-256 of all that decides a run's numbers; other methods' tables, paths and the paper's numbers do not."""
+    def weights_sha256(self) -> str | None:
+        """SHA-256 of the file of ``[model] weights``, None without one; a path says nothing of what lies there.
+
+        Raises:
+            DualpruneError: as `weights_path`.
+        """
+        path = self.weights_path()
+        return _sha256(path.resolve(), path.stat().st_mtime_ns, path.stat().st_size) if path else None
+
+    def deciding(self) -> dict[str, Any]:
+        """All that decides a run's numbers but its method; paths and the paper's numbers do not."""
         table = self.model_dump(mode="json", exclude={"paper", "methods", "description"})
         del table["data"]["root"], table["training"]["checkpoint_minutes"]
         # younger than many a finished run, which has to keep its fingerprint
@@ -491,9 +511,26 @@ class Recipe(_Table):
         for home, key in young:
             if not home[key]:
                 del home[key]
-        table |= {"label": label, "method": self.method(label).model_dump(mode="json", exclude={"trials"})}
-        table |= {"run_seed": seed, "split": split}
-        return digest(table)
+        return table
+
+    def fingerprint(self, label: str, seed: int, split: str) -> str:
+        """SHA-256 of all that decides a run's numbers; other methods' tables, paths and the paper's numbers do not."""
+        method = self.method(label).model_dump(mode="json", exclude={"trials"})
+        return digest(self.deciding() | {"label": label, "method": method, "run_seed": seed, "split": split})
+
+    def tuning_fingerprint(self, label: str, chosen: Iterable[str]) -> str:
+        """SHA-256 of what a choice of settings was made for: `fingerprint` without the keys that were `chosen`, and lr."""
+        table, method = self.deciding(), self.method(label).model_dump(mode="json", exclude={"trials"})
+        del table["training"]["lr"]  # a choice always has its own
+        method = {key: value for key, value in method.items() if key not in {"lr", *chosen}}
+        return digest(table | {"label": label, "method": method, "run_seed": 0, "split": "validation"})
+
+    def command(self, label: str, seed: int, split: str = "test") -> str:
+        """The one command that makes that run: from the recipe's file, or from the run folder's recipe.toml without one."""
+        parts = ["dualprune", "run", _shown(self.source), "--method", label, "--seed", str(seed)]
+        # without a file, recipe.toml has what was set
+        parts += [part for override in self._origin.overrides if self.source for part in ("--set", override)]
+        return shlex.join([*parts, *(["--split", split] if split != "test" else [])])
 
     def to_toml(self) -> str:
         """The recipe as TOML that `load_recipe` reads back to an equal one; keys that are None are left out."""
@@ -524,22 +561,58 @@ def parse_recipe(text: str, overrides: Iterable[str] = (), source: Path | None =
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise DualpruneError(f"{where} is not valid TOML: {error}") from error
-    for override in overrides:
+    for override in (overrides := tuple(overrides)):
         _override(table, override)
     try:
         recipe = Recipe.model_validate(table)
     except ValidationError as error:
         lines = [_explain(one) for one in error.errors()]
         raise DualpruneError(f"{where}: " + "\n  ".join(dict.fromkeys(lines))) from None
-    recipe._source = source
+    if strange := list(_strange(table)):
+        raise DualpruneError(f"{where}: " + "\n  ".join(strange))
+    recipe._origin = _Origin(source, overrides)
+    warmup = recipe.training.warmup_epochs
     for label, method in recipe.methods.items():
         _at(f"{where}: [methods.{label}]", method.check)
+        if 0 < (epochs := recipe.epochs(label)) <= warmup:
+            said = f"[training] warmup_epochs {warmup:g} leaves nothing of its {epochs} epochs"
+            raise DualpruneError(f"{where}: [methods.{label}] epochs: {said}")
     _at(f"{where}: [prune.patterns]", recipe.patterns)
     if recipe.training.distill and recipe.task != "classification":
         said = f"[training.distill] is for task = 'classification', not for {recipe.task!r}; leave it out"
         raise DualpruneError(f"{where}: {said}")
     _at(f"{where}: [{'robust' if recipe.robust else 'training.adversarial'}]", recipe.attacks)
     return recipe
+
+
+def _strange(value: Any, *keys: str) -> Iterator[str]:
+    """What TOML can say and no file of results can keep: a line for every date, inf and nan."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _strange(inner, *keys, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strange(inner, *keys)
+    elif not isinstance(value, str | bool | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        place = f"[{'.'.join(keys[:-1])}] {keys[-1]}" if keys[1:] else keys[0]
+        yield f"{place}: expected text, a boolean or a finite number, got {value}"
+
+
+@cache
+def _sha256(path: Path, modified: int, size: int) -> str:
+    """The hash of a file, computed once for as long as the file stays as it is."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shown(source: Path | None) -> str:
+    """The recipe's path as one would type it here; never where a machine keeps it."""
+    if source is None:
+        return "recipe.toml"
+    if not source.is_absolute():
+        return source.as_posix()
+    here, place = Path.cwd(), source.resolve()
+    return place.relative_to(here).as_posix() if place.is_relative_to(here) else source.name
 
 
 def digest(value: Any) -> str:
@@ -587,7 +660,7 @@ def _field(key: str, value: Any) -> Any:
         return value
     from dualprune.schedules import Geometric
 
-    known = [field.name for field in fields(Geometric)]
+    known = [one.name for one in fields(Geometric)]
     for name in value:
         if name not in known:
             raise DualpruneError(f"{key}: unknown key {name!r}{suggest(name, known)}; it takes {', '.join(known)}")
@@ -605,12 +678,18 @@ def _at(where: str, build: Any) -> None:
         raise DualpruneError(f"{where} {error}") from error
 
 
+_NAME = r"""\s*(?:"[^"]+"|'[^']+'|[^\s.="'][^.="']*)\s*"""  # in quotes where it has a dot or an equals sign
+_SET = re.compile(rf"({_NAME}(?:\.{_NAME})*)=(.*)", re.DOTALL)
+
+
 def _override(table: dict[str, Any], override: str) -> None:
-    """Set ``a.b.c=value`` in a nested table; the value is TOML, or a bare string."""
-    path, equals, text = override.partition("=")
-    *parents, last = [part.strip() for part in path.split(".")]
-    if not equals or not last:
-        raise DualpruneError(f"--set takes key=value, as in training.epochs=2; got {override!r}")
+    """Set ``a."b.c".d=value`` in a nested table; the value is TOML, or a bare string."""
+    found = _SET.fullmatch(override)
+    if found is None:
+        example = 'training.epochs=2 or prune.patterns."conv1.weight"=0.9'
+        raise DualpruneError(f"--set takes key=value, as in {example}; got {override!r}")
+    *parents, last = [part.strip().strip("\"'") for part in re.findall(_NAME, found[1])]
+    text = found[2]
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):

@@ -94,6 +94,10 @@ class _Run:
     recipe: str
 
     @property
+    def split(self) -> str | None:
+        return self.result.get("split") if self.result else None
+
+    @property
     def pruning_epochs(self) -> list[Row]:
         return [row for row in self.epochs if row.get("stage") != "retrain"]
 
@@ -505,7 +509,7 @@ def render_comparison(recipe_dir: str | Path) -> Path:
     """Write ``compare.html`` from ``compare.json`` and the run folders ``<label>-seed<n>`` beside it; return its path.
 
     A method that compare.json does not hold is computed from its finished runs. Unfinished runs are named and left out
-    of the table.
+    of the table; those of another split are named and left out.
 
     Raises:
         FormatError: there is neither a comparison nor a run, or a file is damaged; the message names file and line.
@@ -517,12 +521,15 @@ def render_comparison(recipe_dir: str | Path) -> Path:
     places = sorted(path for path in folder.glob("*-seed*") if _NAME.fullmatch(path.name) and _holds_run(path))
     runs = [_read_run(path) for path in places]
     runs.sort(key=lambda run: (run.label, run.seed if run.seed is not None else -1))
+    split = table.get("split") or next((run.split for run in runs if run.split), None)
+    others = [run for run in runs if run.split not in (None, split)]
+    runs = [run for run in runs if run not in others]
     rows = _compared_rows(table, runs)
     if not rows and not runs:
         raise FormatError(f"nothing to compare in {str(folder)!r}: expected compare.json or folders LABEL-seedN")
     rows.sort(key=lambda row: -row["mean"] if row["mean"] is not None else 0.0)
     first: Row = next((run.result for run in runs if run.result), {})
-    metric, split = first.get("metric") or "accuracy", table.get("split") or first.get("split")
+    metric = first.get("metric") or "accuracy"
     paper = table.get("paper") or first.get("paper") or {}
     levels = {row["label"]: row["paper"] for row in rows if row["paper"] is not None}
     dense = [row["dense"] for row in rows if row["dense"] is not None]
@@ -533,6 +540,7 @@ def render_comparison(recipe_dir: str | Path) -> Path:
         title,
         el("header", el("h1", title), el("p", _comparison_verdict(rows, metric), class_="verdict")),
         _comparison_table(rows, metric, split),
+        *(remark(f"{run.folder.name} was measured on the {run.split} split and is left out.") for run in others),
         *(remark(note) for note in _comparison_notes(rows, runs)),
         el("p", HONEST, class_="honest"),
         _section(
@@ -574,7 +582,10 @@ def _compared_row(label: str, results: Sequence[Row], given: Row) -> Row:
         "seconds_mean": _mean(results, "seconds"),
         "paper": _paper_number(results[0].get("paper"), label) if results else None,
     }
-    return computed | {key: value for key, value in given.items() if value is not None} | {"runs": len(cut)}
+    if given.get("mean") is None:
+        return computed | {key: value for key, value in given.items() if value is not None} | {"runs": len(cut)}
+    # a row of compare.json is taken whole: the runs that are here now have another spread
+    return {**computed, "std": None, **given, "runs": len(cut)}
 
 
 def _mean(results: Sequence[Row], key: str) -> float | None:

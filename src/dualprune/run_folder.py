@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import resource
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +42,35 @@ def make_folder(place: Path) -> None:
         raise DualpruneError(f"cannot write the run folder {str(place)!r}: {reason}") from error
 
 
-def earlier_result(place: Path, identity: str) -> dict[str, Any] | None:
-    """The result of a finished run of the same settings; other settings in the folder are an error."""
+def earlier_result(place: Path, identity: str, made_of: Mapping[str, str | None]) -> dict[str, Any] | None:
+    """The result of a finished run of the same settings; another run in the folder, finished or not, is an error.
+
+    Args:
+        place: The run's folder.
+        identity: The fingerprint of the recipe; it holds what a recipe says, not what that means today.
+        made_of: Therefore also compared, where the earlier run has them: ``method`` as built, and ``weights_sha256``.
+    """
     result = place / "result.json"
     found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
-    state = None if found else read_checkpoint(place / "checkpoint.pt")
-    there = found["recipe_sha256"] if found else state["identity"] if state else identity
-    if there != identity:
-        raise DualpruneError(
-            f"{str(place)!r} holds a run of other settings (hash {there[:12]}, this recipe has {identity[:12]}); "
-            "choose another --out, or --fresh to start again"
-        )
+    there = found or read_checkpoint(place / "checkpoint.pt") or {}
+    hashed = there.get("recipe_sha256" if found else "identity", identity)
+    if hashed != identity:
+        raise _other_run(place, f"of other settings (hash {hashed[:12]}, this recipe has {identity[:12]})")
+    for key, here in made_of.items():
+        if (earlier := there.get(key, here)) != here and not (earlier and here and _alike(earlier, here)):
+            what = "another method" if key == "method" else "other starting weights"
+            raise _other_run(place, f"of {what}, though of the same recipe ({key} {earlier} there, {here} here)")
     return found
+
+
+def _other_run(place: Path, what: str) -> DualpruneError:
+    return DualpruneError(f"{str(place)!r} holds a run {what}; choose another --out, or --fresh to start again")
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two methods' texts differ in nothing but a field that is younger than many a finished run."""
+    one, other = (text.replace("pull='everywhere', ", "") for text in (one, other))
+    return one == other
 
 
 def wipe(place: Path) -> None:
@@ -59,8 +78,11 @@ def wipe(place: Path) -> None:
     names = ("result.json", "report.html", "checkpoint.pt", "history.jsonl", "epochs.jsonl", "pruned.safetensors")
     for name in (*names, "heatmaps.safetensors", "recipe.toml"):
         (place / name).unlink(missing_ok=True)
-    for picture in (place / "pictures").glob("*.png"):
-        picture.unlink()
+    # the temporary files are of runs that were killed while they wrote
+    for left in (*place.glob("pictures/*.png"), *place.glob("pictures/.*.tmp"), *place.glob(".*.tmp")):
+        left.unlink()
+    if (place / "tensorboard").exists():
+        shutil.rmtree(place / "tensorboard")
 
 
 def what_is_kept(checkpoint: Path) -> str:
@@ -151,9 +173,20 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from now on, where the system can: on a GPU, and on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # elsewhere, or not allowed: the peak is that of the process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: torch.device) -> float:
-    """Peak in MiB: of the GPU's allocator, or of this process."""
+    """Peak in MiB since `reset_peak_memory`: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) / 2**10
     # kilobytes, but bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

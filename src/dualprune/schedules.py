@@ -15,7 +15,7 @@ class Constant:
     value: float
 
     def __post_init__(self) -> None:
-        _positive("Constant(value)", self.value)
+        check_positive("Constant(value)", self.value)
 
     def __call__(self, progress: float) -> float:  # noqa: D102
         return self.value
@@ -30,8 +30,8 @@ class Geometric:
     over: float = 0.8
 
     def __post_init__(self) -> None:
-        _positive("Geometric(start)", self.start)
-        _positive("Geometric(end)", self.end)
+        check_positive("Geometric(start)", self.start)
+        check_positive("Geometric(end)", self.end)
         check_fraction("Geometric(over)", self.over)
 
     def __call__(self, progress: float) -> float:  # noqa: D102
@@ -48,7 +48,7 @@ def as_schedule(value: float | Schedule, what: str) -> Schedule:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DualpruneError(f"{what} expects a positive number or a schedule such as Geometric(0.01, 1.0), got {value!r}")
-    _positive(what, value)
+    check_positive(what, value)
     return Constant(float(value))
 
 
@@ -68,6 +68,7 @@ def check_fraction(what: str, value: float) -> None:
         raise DualpruneError(f"{what} is a fraction of the run in [0, 1], got {value!r}")
 
 
-def _positive(what: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        raise DualpruneError(f"{what} expects a positive finite number, got {value!r}")
+def check_positive(what: str, value: float, instead: str = "") -> None:
+    """Raise unless `value` is a positive finite number; `instead` names what else would do."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise DualpruneError(f"{what} expects a positive finite number{instead}, got {value!r}")

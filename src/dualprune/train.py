@@ -8,7 +8,6 @@ epoch, step), and everything else that changes is in one checkpoint that is eith
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import signal
 import threading
@@ -40,6 +39,7 @@ from dualprune.run_folder import (
     peak_memory,
     read_checkpoint,
     render,
+    reset_peak_memory,
     saving,
     versions,
     what_is_kept,
@@ -68,7 +68,6 @@ def run(
     progress: Progress | None = None,
     tensorboard: bool = False,
     device: str | torch.device | None = None,
-    command: str | None = None,
     dense_folder: str | Path | None = None,
 ) -> dict[str, Any]:
     """Prune the recipe's model by one method with one seed; a finished run is not redone, a broken one goes on.
@@ -86,14 +85,14 @@ def run(
         progress: Told about steps and epochs.
         tensorboard: Also write TensorBoard events into the run folder.
         device: Where to compute; a GPU if there is one by default.
-        command: What result.json says made it.
         dense_folder: Where a model of ``[dense]`` is kept for other runs; the recipe's folder by default.
 
     Returns:
         The contents of result.json.
 
     Raises:
-        DualpruneError: the recipe cannot be run here, or the folder holds another run.
+        DualpruneError: the recipe cannot be run here, or the folder holds another run: of other settings, another method
+            (a default that has changed since), other starting weights.
         RunError: the run stopped; the message says where, and what is kept.
         Interrupted: Ctrl-C.
     """
@@ -101,6 +100,7 @@ def run(
     root = Path(folder) if folder is not None else Path(out) / recipe.name
     place = root / f"{label}-seed{seed}"
     identity = recipe.fingerprint(label, seed, split)
+    made_of = {"method": repr(recipe.method(label).build()), "weights_sha256": recipe.weights_sha256()}
     where = pick_device(device)
     with distributed.job(where) as ranks:
         if ranks.size > 1 and recipe.training.adversarial is not None:
@@ -109,7 +109,7 @@ def run(
             make_folder(place)
             if not resume:
                 wipe(place)
-        finished = ranks.shared(earlier_result(place, identity) if ranks.first else None)
+        finished = ranks.shared(earlier_result(place, identity, made_of) if ranks.first else None)
         if finished is not None:
             if ranks.first:
                 render(place)
@@ -117,9 +117,8 @@ def run(
         cache = Path(dense_folder) if dense_folder is not None else root
         task = build_task(recipe, split, where)
         progress = progress if progress is not None and ranks.first else Silent()
-        job = _Job(recipe, label, seed, task, cache, place, identity, progress, command, ranks)
-        if job.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(job.device)
+        job = _Job(recipe, label, seed, task, cache, place, identity, made_of, progress, ranks)
+        reset_peak_memory(job.device)
         with _reproducible(job.device):
             return _run(job, tensorboard)
 
@@ -127,13 +126,18 @@ def run(
 def dry_run(recipe: Recipe, label: str) -> str:
     """What `run` would prune: the table of layers, patterns and budgets; nothing is trained.
 
-    Where the data are not at hand, the model has its own sizes, and the text says so.
+    Where the data are not at hand, the model has its own sizes, and where the weights are not those that will be pruned, a
+    global budget will share otherwise: the text says so.
     """
     task, note = build_task(recipe), ""
     try:
         task.steps_per_epoch(recipe.training.batch_size)
     except DataNotFoundError as error:
         note = f"\n(the model has its own sizes: {error})"
+    stood_in = recipe.dense is not None or (recipe.model.pretrained and recipe.model.weights is None)
+    if stood_in and recipe.prune.budget == "global":
+        what = "[dense] trains" if recipe.dense is not None else "pretrained = true loads"
+        note += f"\n(a global budget follows the weights, and these are not those that {what}: a run shares it otherwise)"
     model = task.model(with_weights=recipe.model.weights is not None)
     optimizer = _optimizer(recipe.training, model, recipe.lr(label))
     pruner = _attach(recipe, label, model, optimizer, steps=100, epochs=recipe.epochs(label))
@@ -186,8 +190,8 @@ class _Job:
     cache: Path
     place: Path
     identity: str
+    made_of: dict[str, str | None]  # method, weights_sha256: what the identity does not see
     progress: Progress
-    command: str | None
     ranks: Ranks = Ranks()
 
     @property
@@ -253,6 +257,8 @@ def _train_dense(job: _Job, model: nn.Module) -> None:
     shared = {"precision", "channels_last", "compile", "adversarial"}  # what [dense] takes from [training]
     settings |= {"training": recipe.training.model_dump(mode="json", include=shared), "split": job.task.split}
     settings["data"].pop("root")
+    if recipe.model.weights is not None:
+        settings["weights_sha256"] = recipe.weights_sha256()
     identity = digest(settings)
     place = job.cache / f"dense-{identity[:12]}"
     saved = place / "dense.safetensors"
@@ -315,8 +321,10 @@ class _Loop:
 
     @property
     def lr(self) -> float:
-        spe = self.steps_per_epoch
-        return self.settings.lr_at(self.epoch * spe + self.step, self.epochs * spe, spe, self.peak)
+        spe, settings = self.steps_per_epoch, self.settings
+        if self.stage == "retrain":  # what is retrained is warm
+            settings = settings.model_copy(update={"warmup_epochs": 0.0})
+        return settings.lr_at(self.epoch * spe + self.step, self.epochs * spe, spe, self.peak)
 
     def begin(self, stage: str, epochs: int, peak: float) -> None:
         """Start another stage on the same model, optimizer and masks."""
@@ -371,7 +379,7 @@ class _Loop:
         self._note_loss(loss.detach())
         loss.backward()
         if self.sharpness:
-            with dualprune.perturbed(self.optimizer, self.sharpness):
+            with dualprune.perturbed(self.optimizer, self.sharpness, self.pruner.dropped):
                 self._loss(forward, batch, weight).backward()
         if self.settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
@@ -410,12 +418,18 @@ class _Loop:
             self._losses_read = number
             self.job.progress.step(value)
 
-    def _end_epoch(self) -> None:
+    def _wait(self) -> None:
+        """Read what losses are pending; the wait for the device is time of this epoch."""
+        began = time.monotonic()
         self._read_losses()
+        self.epoch_seconds += time.monotonic() - began
+
+    def _end_epoch(self) -> None:
+        self._wait()
         cut = None if self.pruner is None else self._measure_cut()
         row = {
             "epoch": len(self.rows) + 1,
-            "step": len(self.rows) * self.steps_per_epoch + self.step,
+            "step": (self.rows[-1]["step"] if self.rows else 0) + self.step,
             "stage": self.stage,
             "loss": self.job.ranks.mean(self.loss_sum) / max(1, self.step),
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -472,13 +486,14 @@ class _Loop:
 
     def save(self) -> None:
         """Write the checkpoint; weights that are not finite are never saved over good ones."""
-        self._read_losses()
+        self._wait()
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteError(f"{name} is not finite after step {self.step} of epoch {self.epoch + 1}")
         state = {
             "version": CHECKPOINT_VERSION,
             "identity": self.identity,
+            **(self.job.made_of if self.identity == self.job.identity else {}),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "pruner": self.pruner.state_dict() if self.pruner is not None else {},
@@ -510,6 +525,8 @@ class _Loop:
         for name in _MOVING:
             setattr(self, name, state[name])
         self._losses_read = self.step
+        if self.pruner is not None and self.rows:
+            self._logged = sum(update["step"] <= self.rows[-1]["step"] for update in self.pruner.history)
         torch.set_rng_state(state["rng"])
         if self.job.device.type == "cuda" and state["rng_device"] is not None:
             torch.cuda.set_rng_state(state["rng_device"], self.job.device)
@@ -544,13 +561,12 @@ def _write_results(job: _Job, loop: _Loop, spe: int, before: dict[str, Tensor]) 
     kept, total = (sum(layer[key] for layer in layers) for key in ("kept", "total"))
     everything = sum(p.numel() for p in loop.model.parameters() if p.ndim > 1)
     kept_everything = everything - total + kept
-    weights = recipe.weights_path()
-    epochs, arguments = recipe.epochs(job.label), f"--method {job.label} --seed {job.seed}"
+    epochs = recipe.epochs(job.label)
     headline = {when: metrics[job.task.metrics[0]] for when, metrics in loop.notes.items()}
     result = {
         "recipe": recipe.name,
         "label": job.label,
-        "method": repr(recipe.method(job.label).build()),
+        "method": job.made_of["method"],
         "seed": job.seed,
         "task": recipe.task,
         "metric": f"{job.task.metrics[0]} %",
@@ -577,8 +593,8 @@ def _write_results(job: _Job, loop: _Loop, spe: int, before: dict[str, Tensor]) 
         "versions": versions(),
         "device": device_name(job.device) + (f", {job.ranks.size} ranks" if job.ranks.size > 1 else ""),
         "recipe_sha256": job.identity,
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights else None,
-        "command": job.command or f"dualprune run {_shown(recipe)} {arguments}",
+        "weights_sha256": job.made_of["weights_sha256"],
+        "command": recipe.command(job.label, job.seed, job.task.split),
         "paper": recipe.paper,
         "layers": layers,
         "sizes": {
@@ -625,14 +641,6 @@ def _attach(recipe: Recipe, label: str, model: nn.Module, optimizer: torch.optim
         every=every,
         total_steps=max(1, steps * epochs),
     )
-
-
-def _shown(recipe: Recipe) -> str:
-    """The recipe's path as one would type it here; never where a machine keeps it."""
-    source = Path(recipe.source) if recipe.source else None
-    if source is None:
-        return recipe.name
-    return source.resolve().relative_to(Path.cwd()).as_posix() if source.resolve().is_relative_to(Path.cwd()) else source.name
 
 
 def _tensorboard(place: Path) -> Any:

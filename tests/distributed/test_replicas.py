@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dualprune
-from dualprune import SLR, DualpruneError, GradualMagnitude, attach, recalibrate_batch_norm
+from dualprune import SLR, DualpruneError, GradualMagnitude, attach, distributed, recalibrate_batch_norm
 from helpers import batch, tiny_net
 
 STEPS, EVERY = 12, 4
@@ -142,6 +142,20 @@ def test_a_replica_that_has_gone_its_own_way_is_named(tmp_path):
         assert "lam of 3.weight is not the same on all ranks: rank 1 differs from rank 0" in multiplier
 
 
+def not_finite(rank: int, size: int) -> str:
+    _, _, pruner = started("after", net=tiny_net, check_replicas=True)
+    if rank:
+        pruner.problem.weights[0].data.view(-1)[3] = torch.nan
+    with pytest.raises(DualpruneError) as caught:
+        pruner.update()
+    return str(caught.value)
+
+
+def test_a_nan_on_one_rank_stops_all(tmp_path):
+    for said in run(not_finite, 2, tmp_path):
+        assert "3.weight is not the same on all ranks: rank 1 differs from rank 0" in said
+
+
 def batches(rank: int, size: int) -> list[torch.Tensor]:
     """Seven batches, shared unevenly: four ranks have two, two, two and one."""
     return [batch(100 + i)[0] for i in range(7) if i % size == rank]
@@ -172,6 +186,34 @@ def test_batch_norm_is_estimated_from_the_batches_of_all_ranks(tmp_path):
         recalibrate_batch_norm(model, [b for rank in range(1, size) for b in batches(rank, size)])
         for mine, theirs in zip(first["finish"], model.buffers(), strict=True):
             torch.testing.assert_close(mine, theirs)
+
+
+def synchronised(rank: int, size: int) -> dict[str, Any]:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(tiny_net())
+    seen = recalibrate_batch_norm(model, batches(rank, size), torch.distributed.group.WORLD)
+    return {"seen": seen, "buffers": list(model.buffers()), "forwards": sum("forward" in vars(m) for m in model.modules())}
+
+
+def test_synchronised_batch_norm_does_not_wait_for_ranks_with_fewer_batches(tmp_path):
+    first, *others = run(synchronised, 2, tmp_path)  # four batches and three
+    assert all(same_bits(first, other) for other in others) and (first["seen"], first["forwards"]) == (7, 0)
+    model = tiny_net()
+    recalibrate_batch_norm(model, batches(0, 1))
+    for mine, theirs in zip(first["buffers"], model.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.gpu
+def test_tensors_on_two_devices_are_compared(tmp_path):
+    """Weights on a GPU, Z and Λ beside the CPU (`state_device`), and a group that takes tensors of the GPU only."""
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        world = torch.distributed.group.WORLD
+        distributed.check_replicas({"weight": torch.ones(3, device="cuda"), "lam of weight": torch.ones(3)}, world)
+        summed = distributed._all_reduce(torch.ones(2), (world,))
+        assert summed.device.type == "cpu" and summed.tolist() == [1.0, 1.0]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_without_a_process_group_nothing_is_exchanged(net, optimizer):

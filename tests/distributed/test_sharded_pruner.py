@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import dualprune
 from dualprune import ADMM, SLR, Block, Channel, DualpruneError, Filter, GradualMagnitude, Magnitude, Reweighted, attach
+from dualprune.integrations.common import refuse_shards
 from helpers import batch
 
 STEPS, EVERY = 12, 3
@@ -246,6 +247,7 @@ def test_a_checkpoint_that_is_not_there_is_an_error(tmp_path):
 
 
 def mistakes(rank: int, size: int, folder: Path) -> dict[str, str]:
+    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -273,13 +275,17 @@ def mistakes(rank: int, size: int, folder: Path) -> dict[str, str]:
         options = {"method": SLR.paper(), "rate": 5} | options
         return attach(model, torch.optim.SGD(model.parameters(), 0.1), options.pop("method"), **options)
 
+    catch("callback", lambda: refuse_shards(fresh()))
     catch("bits", lambda: fresh(bits=4))
     catch("state_device", lambda: fresh(state_device="meta"))
     catch("reweighted", lambda: fresh(method=Reweighted(), total_steps=100))
     catch("2:4 by rows", lambda: fresh(patterns={"3.weight": "2:4"}))
 
     state = fresh().state_dict()
-    torch.save({k: v for k, v in state.items() if k != "loss_sum"}, folder / f"{rank}-of-{size}.pt")
+    torch.save(state, folder / f"{rank}-of-{size}.pt")
+    dist.barrier()
+    catch("another rank", lambda: fresh().load_state_dict(torch.load(folder / "0-of-2.pt", weights_only=False)))
+    catch("this rank", lambda: fresh().load_state_dict(torch.load(folder / f"{rank}-of-2.pt", weights_only=False)))
     whole = full(state) | {"loss_sum": torch.zeros(())}
     one = fresh()
     one.load_state_dict(whole)  # of one process: cut up here
@@ -293,13 +299,15 @@ def mistakes(rank: int, size: int, folder: Path) -> dict[str, str]:
 
 
 def test_mistakes_say_what_to_do(tmp_path):
-    for said in run(mistakes, 2, tmp_path, tmp_path):
+    for rank, said in enumerate(run(mistakes, 2, tmp_path, tmp_path)):
         for what in ("step", "finish"):
             assert "1.weight" not in said[what] and "fully_shard has replaced its parameters since attach()" in said[what]
         assert "lacks pruned parameters" in said["follow"]
+        assert "use a plain loop with torch.distributed.checkpoint" in said["callback"]
         assert "3.weight, 5.weight is cut up over ranks, and a grid needs all" in said["bits"]
         assert "leave state_device out" in said["state_device"]
         assert "Reweighted needs whole weights" in said["reweighted"]
         assert said["2:4 by rows"] == "" and said["whole"] == "True"
         assert "it was saved on 2 ranks" in said["to one"] and "load_checkpoint" in said["to one"]
+        assert said["this rank"] == "" and ("or by another rank" in said["another rank"]) == (rank == 1)
         assert "use its successor, torch.distributed.fsdp.fully_shard" in said["fsdp1"]

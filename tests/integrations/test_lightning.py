@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,16 @@ class Manual(Lit):
         self.manual_backward(loss)
         self.clip_gradients(optimizer, CLIP, "norm")
         optimizer.step()
+
+
+class Formless(Lit):
+    """Works in its steps; has no forward of its own."""
+
+    forward = pl.LightningModule.forward
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self.net(x), y)
 
 
 class Two(Manual):
@@ -133,6 +144,45 @@ def test_validation_sees_the_cut_weights_where_asked(tmp_path):
     assert module.seen[0] == module.net[3].weight.numel()
 
 
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_validation_that_breaks_off_leaves_the_weights_whole(stop, averaged, tmp_path):
+    class Breaks(Lit):
+        def validation_step(self, batch: Any, index: int) -> None:
+            super().validation_step(batch, index)
+            raise stop("in the middle")
+
+    module, callback = Breaks(), pruning(validate_cut=True)
+    others = [WeightAveraging()] if averaged else []
+    handler = signal.getsignal(signal.SIGINT)  # Lightning leaves Ctrl-C ignored
+    try:
+        with pytest.raises((RuntimeError, SystemExit)):
+            fit(module, *others, callback, folder=tmp_path, valid=True)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    size = module.net[3].weight.numel()
+    assert module.seen == [round(size / 5)] and int(module.net[3].weight.count_nonzero()) == size
+    assert not callback.pruner._evaluating
+    Breaks.validation_step = Lit.validation_step
+    fit(module, *others, callback, folder=tmp_path, valid=True)  # the same callback, from where it stopped
+    assert callback.pruner.step_count == STEPS and int(module.net[3].weight.count_nonzero()) == round(size / 5)
+
+
+def test_sharded_weights_are_refused_before_training(tmp_path, monkeypatch):
+    def refuse(pruner: Any) -> None:
+        raise DualpruneError("cut up")
+
+    monkeypatch.setattr("dualprune.integrations.lightning.refuse_shards", refuse)
+    with pytest.raises(DualpruneError, match="cut up"):
+        fit(Lit(), pruning(), folder=tmp_path)
+
+
+def test_a_module_without_forward_is_pruned_without_calibration(tmp_path):
+    module = Formless()
+    fit(module, pruning(calibrate=0), folder=tmp_path)
+    assert int(module.net[3].weight.count_nonzero()) == round(module.net[3].weight.numel() / 5)
+
+
 def test_an_average_is_cut_at_validation_and_at_the_end(tmp_path):
     module, callback = Lit(), pruning(validate_cut=True)
     fit(module, WeightAveraging(), callback, folder=tmp_path, valid=True)
@@ -150,6 +200,7 @@ def test_an_average_is_cut_at_validation_and_at_the_end(tmp_path):
         (Two, [pruning(optimizer=2)], {"gradient_clip_val": None}, "got 2"),
         (Lit, [pruning(total_steps=0)], {}, "total_steps is a number of optimizer steps"),
         (Lit, [pruning()], {"max_epochs": -1}, "pass total_steps"),
+        (Formless, [pruning()], {}, r"Formless has batch norm, .* pass calibrate=0"),
     ],
 )
 def test_wrong_set_ups_are_refused_before_training(module, callbacks, options, message, tmp_path):

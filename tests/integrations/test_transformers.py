@@ -113,6 +113,16 @@ def test_a_checkpoint_that_moved(tmp_path):
         train(tmp_path / "b", pruning(resume_from=moved), resume=str(moved))
 
 
+def test_sharded_weights_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("dualprune.integrations.transformers.refuse_shards", _refuse)
+    with pytest.raises(DualpruneError, match="cut up"):
+        train(tmp_path, pruning())
+
+
+def _refuse(pruner: Any) -> None:
+    raise DualpruneError("cut up")
+
+
 def test_a_second_training_takes_over_the_optimizer(tmp_path):
     callback = pruning()
     trainer = train(tmp_path, callback)

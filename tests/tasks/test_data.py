@@ -528,6 +528,34 @@ def test_image_folder_batches_do_not_depend_on_the_workers(folder, augment):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(("crop", "interpolation"), [(0.875, "bilinear"), (0.8, "bicubic")])
+def test_images_of_folders_are_resized_as_asked(folder, crop, interpolation):
+    image = pytest.importorskip("PIL.Image")
+    options = {} if crop == 0.875 else {"crop": crop, "interpolation": interpolation}
+    data = load_data("imagefolder", root=folder, image_size=16, workers=0, mean=[0, 0, 0], std=[1, 1, 1], **options)
+    (x, _) = next(eval_batches(data, batch_size=1))
+    how = image.Resampling[interpolation.upper()]
+    with image.open(folder / "val" / "b" / "0.png") as original:  # 40 rows, 48 columns
+        side = {0.875: 18, 0.8: 20}[crop]
+        pixels = np.asarray(original.convert("RGB").resize((side * 48 // 40, side), how))
+    top, left = (side - 16) // 2, round((side * 48 // 40 - 16) / 2)
+    cut = torch.from_numpy(pixels[top : top + 16, left : left + 16].copy()).permute(2, 0, 1)
+    assert torch.equal((x[0] * 255).round().byte(), cut)
+
+
+def test_random_crops_of_folders_are_resized_as_asked(folder):
+    def first(**options):
+        data = load_data("imagefolder", root=folder, image_size=16, workers=0, **options)
+        return next(train_batches(data, batch_size=4, seed=0, epoch=0, augment=True))[0]
+
+    assert not torch.equal(first(), first(interpolation="bicubic"))
+    assert torch.equal(first(), first(crop=0.5, interpolation="bilinear"))
+    with pytest.raises(DualpruneError, match=r"crop is the share .* in \(0, 1\], got 224"):
+        first(crop=224)
+    with pytest.raises(DualpruneError, match="bilinear or bicubic, got 'bicubik', did you mean 'bicubic'"):
+        first(interpolation="bicubik")
+
+
 def test_unfit_image_folders(folder, tmp_path):
     with pytest.raises(DataNotFoundError, match="nowhere/train, nowhere/val"):
         load_data("imagefolder", root="nowhere")

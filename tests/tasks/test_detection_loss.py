@@ -103,7 +103,7 @@ def slow_loss(raw, targets, gains):
                         near = len(true) and bool((box_iou(torch.tensor([box]), true) > head.ignore_above).any())
                         if here or not near:
                             total += gains.objectness * bce(objectness, float(bool(here)))
-    return total / max(1, pairs)
+    return total / max(len(raw[0]), pairs)
 
 
 def corner(row):
@@ -131,6 +131,15 @@ def test_loss_of_images_without_boxes_teaches_background():
     loss.backward()
     values = raw[0].grad.view(2, 2, 8, 3, 4)
     assert (values[:, :, 4] > 0).all() and (values[:, :, :4] == 0).all() and (values[:, :, 5:] == 0).all()
+
+
+def test_background_weighs_the_same_however_many_images():
+    one, nothing = maps(1), torch.zeros(0, 6)
+    many = [m.repeat(5, 1, 1, 1) for m in one]
+    assert torch.allclose(detection_loss(HEADS, many, nothing), detection_loss(HEADS, one, nothing))
+    # one pair in five images counts as five
+    box = torch.tensor([[0, 2, 0.5, 0.5, 8 / 64, 8 / 48]])
+    assert detection_loss(HEADS, many, box).item() == pytest.approx(slow_loss(many, box, Gains()), rel=1e-4)
 
 
 def test_a_centre_on_the_border_stays_inside():

@@ -164,7 +164,7 @@ def test_wrong_layouts_are_explained(root, tmp_path):
         read(root)
 
 
-def coco_json(root, **changes):
+def coco_json(root, classes=None, **changes):
     content = {
         "images": [{"id": 10 + i, "file_name": f"{i:03}.png", "width": 160, "height": 96} for i in range(7)],
         "categories": [{"id": 7, "name": "blue"}, {"id": 3, "name": "red"}],
@@ -176,7 +176,7 @@ def coco_json(root, **changes):
         **changes,
     }
     (root / "boxes_train.json").write_text(json.dumps(content))
-    return read(root, classes=None, annotations="boxes_{split}.json")
+    return read(root, classes=classes, annotations="boxes_{split}.json")
 
 
 def test_json_boxes_are_fractions_of_the_sizes_it_names(root):
@@ -202,11 +202,62 @@ def test_wrong_json_is_explained(root):
         coco_json(root, categories=3)
     with pytest.raises(FormatError, match="category 8"):
         coco_json(root, annotations=[{"id": 1, "image_id": 10, "category_id": 8, "bbox": [0, 0, 1, 1]}])
+    with pytest.raises(FormatError, match="KeyError: 'file_name'"):
+        coco_json(root, images=[{"id": 10}])
+    with pytest.raises(FormatError, match="ValueError"):
+        coco_json(root, images=[{"id": 10, "file_name": "000.png", "width": "wide", "height": 96}])
     (root / "boxes_train.json").write_text('{"images": [')
     with pytest.raises(FormatError, match="not a readable JSON"):
         read(root, annotations="boxes_train.json")
     with pytest.raises(DataNotFoundError, match="no annotation file"):
         read(root, annotations="none.json")
+
+
+@pytest.mark.parametrize(
+    ("bbox", "message"),
+    [
+        ([150, 0, 20, 20], r"annotation 5: expected a box inside its image of 160×96 pixels, got \[150, 0, 20, 20\]"),
+        ([-9, 0, 20, 20], "annotation 5: expected a box inside"),
+        ([0, 0, float("nan"), 20], "annotation 5: expected a box inside"),
+        ([20, 20, -5, 20], "annotation 5: expected a box inside"),
+        ([0, 0, 20], r"annotation 5: expected bbox = \[left, top, width, height\], got \[0, 0, 20\]"),
+        ([0, 0, "a", 20], "no instances JSON of COCO: TypeError"),
+        (7, "no instances JSON of COCO: TypeError"),
+    ],
+)
+def test_wrong_boxes_in_json_are_errors_that_name_the_annotation(root, bbox, message):
+    with pytest.raises(FormatError, match=message):
+        coco_json(root, annotations=[{"id": 5, "image_id": 10, "category_id": 3, "bbox": bbox}])
+
+
+def test_json_boxes_may_leave_the_image_by_as_much_as_those_of_label_files(root):
+    data = coco_json(root, annotations=[{"id": 5, "image_id": 10, "category_id": 3, "bbox": [-1, 0, 20, 96.5]}])
+    assert len(data.labels[0]) == 1
+
+
+def test_json_categories_are_numbered_by_name_where_names_are_given(root):
+    data = coco_json(root, classes=["green", "blue", "red"])
+    assert data.classes == ("green", "blue", "red") and data.labels[0][:, 0].tolist() == [1, 2]
+    assert coco_json(root, classes=2).classes == ("red", "blue")
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "message"),
+    [
+        (["red", "bleu"], ["blue", "red"], "the category 'blue' is none of the 2 classes, did you mean 'bleu'"),
+        (3, ["blue", "red"], "has 2 categories, classes says 3"),
+        (1, ["blue", "red"], "has 2 categories, classes says 1"),
+        (None, ["red", "red"], "two categories of the name 'red'"),
+        (["red", "red"], ["red", "blue"], "classes names 'red' twice"),
+    ],
+)
+def test_json_categories_that_do_not_fit_the_classes(root, classes, names, message):
+    categories = [{"id": 7, "name": names[0]}, {"id": 3, "name": names[1]}]
+    with pytest.raises(DualpruneError, match=message):
+        coco_json(root, classes=classes, categories=categories)
+    if classes is None:
+        with pytest.raises(FormatError, match="two categories of the id 3"):
+            coco_json(root, categories=[{"id": 3, "name": "red"}, {"id": 3, "name": "blue"}])
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -292,6 +343,29 @@ def test_validation_is_held_out_of_training(root):
     assert len(boxes.train) == 6 and {file.parent.name for file in boxes.test.files} == {"train"}
 
 
+def test_the_test_split_has_the_training_splits_numbers(root):
+    for split, named in (("train", {1: "cat", 2: "dog", 3: "bus"}), ("val", {1: "cat", 3: "bus"})):
+        content = {
+            "images": [{"id": 0, "file_name": "000.png", "width": 80, "height": 48}],
+            "categories": [{"id": key, "name": name} for key, name in named.items()],
+            "annotations": [{"id": 0, "image_id": 0, "category_id": 3, "bbox": [8, 8, 16, 16]}],
+        }
+        (root / f"{split}.json").write_text(json.dumps(content))
+    boxes = task(root, **{"data.options.annotations": "'{split}.json'", "data.options.classes": 3})
+    assert boxes.train.classes == boxes.test.classes == ("cat", "dog", "bus")
+    assert boxes.train.labels[0][0, 0] == boxes.test.labels[0][0, 0] == 2
+    (root / "val.json").write_text((root / "val.json").read_text().replace('"cat"', '"cow"'))
+    with pytest.raises(FormatError, match=r"val\.json: the category 'cow' is none of the 3 classes"):
+        _ = task(root, **{"data.options.annotations": "'{split}.json'", "data.options.classes": 3}).test
+
+
+def test_calibration_batches_are_equally_large(tmp_path):
+    write_set(tmp_path, "train", 17)
+    write_set(tmp_path, "val", 1)
+    boxes = task(tmp_path)
+    assert [len(x) for x in boxes.calibration(100)] == [9, 8] and [len(x) for x in boxes.calibration(16)] == [16]
+
+
 def test_without_data_the_network_has_its_own_classes(tmp_path):
     (tmp_path / "none").mkdir()
     text = RECIPE.format(root=tmp_path / "none").replace(", classes = 2", "")
@@ -304,6 +378,7 @@ def test_without_data_the_network_has_its_own_classes(tmp_path):
         ({"data.options.sise": 64}, "did you mean 'size'"),
         ({"model.options.widht": 1}, "did you mean 'width'"),
         ({"model.options.gains.boxes": 1}, "did you mean 'box'"),
+        ({"model.options.classes": 1}, r"\[model\] options.classes is 1, but the data have 2"),
         ({"data.augment": "'shift'"}, "augment of detection"),
         ({"data.name": "'voc'"}, "is 'coco'"),
         ({"model.name": "'mine.cfg'"}, r"no file 'mine\.cfg'"),

@@ -115,6 +115,17 @@ def test_a_moved_lane_lies_on_the_moved_picture(tmp_path, motion):
     assert np.mean(there) > 180 and np.mean(beside) < 80
 
 
+def test_gaps_stay_gaps_when_lanes_are_moved():
+    lanes = np.array([line(30), line(95), line(60)], float)
+    lanes[0, 30:40], lanes[1, 29:] = -2, -2
+    lanes[2, [20, 22, 30, 32]] = -2  # points on their own too
+    same = moved(lanes, Y, Motion(0, 0, 0), SMALL)
+    np.testing.assert_allclose(same, resample(lanes, Y, SMALL.anchors))
+    assert ((same[0] >= 0) == (lanes[0] >= 0)).all()
+    down = moved(lanes[:1], Y, Motion(0, 0, 3), SMALL)[0]
+    assert (down[33:43] == -2).all() and (down[43:] >= 0).all() and (down[20:33] >= 0).all()
+
+
 def test_moved_and_extended_lanes_of_the_real_labels_stay_in_the_frame():
     grid = Grid()
     for seed, (lanes, heights) in enumerate(real_frames()):

@@ -83,6 +83,20 @@ def test_labels_on_other_rows_are_measured_on_those(folder):
     assert one.predict(oracle(one), range(1))[0].shape == (2, 13)
 
 
+@pytest.mark.parametrize("empty_lanes", [False, True])
+def test_lanes_count_by_their_points_on_the_labels_rows(folder, empty_lanes):
+    """Two points of the network's rows may be one or none of the label's."""
+    rows = list(range(17, 72, 9))
+    write(folder, "test_label.json", [label("clips/t/20.jpg", [[30] * len(rows)], rows)])
+    one = task(folder, f"data.options.empty_lanes={str(empty_lanes).lower()}")
+    cells = torch.full((1, 56, 4), 20)
+    cells[0, [2, 3], 0] = 5  # heights 18 and 19, between 17 and 26
+    cells[0, [9, 10], 1] = 5  # 25 and 26
+    cells[0, 1:12, 2] = 5  # 17 to 27
+    [found] = one.predict(Oracle(cells, 21), range(1))
+    assert (found >= 0).sum(1).tolist() == ([0, 1, 2, 0] if empty_lanes else [2])
+
+
 def test_augmented_and_plain_batches(folder):
     moved, plain = task(folder, "data.augment=true"), task(folder)
     order = {"batch_size": 4, "seed": 1, "epoch": 0}

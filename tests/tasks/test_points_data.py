@@ -1,6 +1,7 @@
 """The KITTI layout: what is read, turned and passed over, what is refused, and batches that depend on nothing else."""
 
 import math
+import os
 import shutil
 
 import numpy as np
@@ -122,6 +123,11 @@ def test_no_such_place(tmp_path, monkeypatch):
         load_kitti("kitti", tmp_path)
 
 
+def test_several_folders_may_hold_the_data(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("DUALPRUNE_DATA", os.pathsep.join([str(tmp_path), "", str(tree.parent)]))
+    assert load_kitti(tree.name, train="all", test="all").folder == tree / "training"
+
+
 def test_lists_of_frames(copy):
     with pytest.raises(DataNotFoundError, match=r"no list of frames .*train.txt; put it there, or say 'all'"):
         load(copy, train="train")
@@ -166,11 +172,13 @@ def test_cut_off_points(copy):
         ("car" + " 0" * 14, "line 2: unknown class 'car', did you mean 'Car'"),
         ("Car 0 0 0 x" + " 0" * 10, "line 2: could not convert string to float: 'x'"),
         ("Car 0 0 0 nan" + " 0" * 10, "line 2: a number is not finite"),
+        ("Car" + " 0" * 14, "line 2: height, width and length are above 0, got 0 0 0"),
+        ("Van" + " 0" * 7 + " 1.5 -1 4" + " 0" * 4, "line 2: height, width and length are above 0, got 1.5 -1 4"),
     ],
 )
 def test_damaged_labels(tmp_path, line, said):
     path = tmp_path / "label.txt"
-    path.write_text(f"Car{' 0' * 14}\n{line}\n")
+    path.write_text(f"DontCare{' -1' * 14}\n{line}\n")
     with pytest.raises(FormatError, match=said):
         read_objects(path)
 

@@ -95,6 +95,8 @@ def test_anchors_follow_the_head(tiny):
         ("pointpilars", {}, "did you mean 'pointpillars'"),
         ("pointpillars", {"cel": 0.1}, "no option 'cel', did you mean 'cell'"),
         ("pointpillars", {"classes": ["Van"]}, "no anchors for 'Van'"),
+        ("pointpillars", {"layers": [1, 1]}, r"each block has one number of each.* layers \[1, 1\], strides \[2, 2, 2\]"),
+        ("pointpillars", {"filters": [64, 0, 64]}, "but layers are at least 1"),
         ("pointpillars", {"cell": 0.17}, "the strides want a multiple of 8"),
         ("pointpillars", {"extent": [0, 0, 0, 1, 1]}, "extent is x, y, z at least and x, y, z at most"),
     ],

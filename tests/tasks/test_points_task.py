@@ -139,6 +139,15 @@ def test_only_classes_that_are_there_count(tree):
     ("override", "said"),
     [
         ("data.options.trane=all", r"\[data\] options: unknown key 'trane', did you mean 'train'"),
+        ("data.options.workers=x", r"\[data\] options workers: .* got 'x'"),
+        ("data.options.workers=-1", "workers: .* greater than or equal to 0, got -1"),
+        ("data.options.sampling=kitti", "sampling: .* got 'kitti'"),
+        ("data.options.min_overlap.Carr=0.5", r"min_overlap.*'Car', 'Pedestrian' or 'Cyclist', got 'Carr'"),
+        ("data.options.min_overlap.Car=1", "min_overlap.Car: .* less than 1, got 1"),
+        ("model.options.cel=1", r"\[model\] options: unknown key 'cel', did you mean 'cell'"),
+        ("model.options.layers=3", r"\[model\] options layers: .* got 3"),
+        ("model.options.classes=Car", r"\[model\] options classes: .* got 'Car'"),
+        ("training.label_smoothing=0.1", "the scores' loss is focal and has no label_smoothing"),
         ("data.augment=shift", "point clouds have true, 'flip' and 'none', got 'shift'"),
         ("model.pretrained=true", "pointpillars has no weights to fetch"),
         ("model.name=pointpillar", "did you mean 'pointpillars'"),
@@ -147,8 +156,15 @@ def test_only_classes_that_are_there_count(tree):
 def test_refusals(tree, override, said):
     one = task(tree, override)
     with pytest.raises(DualpruneError, match=said):
-        one.model()
-        next(one.train_batches(batch_size=2, seed=0, epoch=0))
+        model = one.model()
+        one.loss(model, next(one.train_batches(batch_size=2, seed=0, epoch=0)), one.recipe.training)
+
+
+def test_the_overlap_of_a_class_is_its_own(fitted, tree):
+    _, model, _ = fitted
+    strict, mild = (task(tree, f"data.options.min_overlap.Car={overlap}") for overlap in (0.99, 0.3))
+    key = ("3D", "moderate", "Car")
+    assert strict.scores(model)[key].ap40 < mild.scores(model)[key].ap40
 
 
 def test_without_data_the_model_is_still_built(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dualprune import distributed
 from dualprune.errors import DualpruneError
 from dualprune.files import atomic_write
 from dualprune.pruner import Pruner
@@ -30,6 +31,20 @@ def batches(calibrate: Batches, loader: Any) -> Iterable[Any] | None:
     if calibrate and isinstance(loader, Mapping | list | tuple):
         raise DualpruneError("this trainer has several training loaders: pass calibrate=batches, or calibrate=0 for none")
     return islice(loader, calibrate) if calibrate else None
+
+
+def refuse_shards(pruner: Pruner) -> None:
+    """Let go of a pruner whose state no single rank can save.
+
+    Raises:
+        DualpruneError: weights are cut up over ranks.
+    """
+    if any(distributed.span(target.weight) for target in pruner.problem.targets):
+        pruner.detach()
+        raise DualpruneError(
+            "the weights are cut up over ranks, but one rank writes this trainer's checkpoints: use a plain loop with "
+            "torch.distributed.checkpoint and pruner.load_checkpoint, or DDP"
+        )
 
 
 def save_state(pruner: Pruner, path: Path) -> None:

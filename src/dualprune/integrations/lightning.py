@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS, Optimizer
 
 from dualprune.errors import DualpruneError
-from dualprune.integrations.common import Batches, batches
+from dualprune.integrations.common import Batches, batches, refuse_shards
 from dualprune.integrations.ema import evaluate_average
 from dualprune.pruner import Pruner, attach
 from dualprune.solvers.base import Method
@@ -58,14 +59,17 @@ class DualpruneCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach; everything else is in place by now, restored from a checkpoint or new."""
+        self._cut.close()  # a validation that broke off elsewhere must not write old weights into this fit
         self._check_order(trainer)
-        batches(self.calibrate, trainer.train_dataloader)
+        if batches(self.calibrate, trainer.train_dataloader) is not None:
+            _check_forward(pl_module)
         optimizer = self._chosen(trainer.optimizers)
         options = {"total_steps": self._steps(trainer), **self.options}
         if self.pruner is not None:
             self.pruner.detach()
         optimizer.register_step_pre_hook(_run_closure)  # its place is before the pruner's hooks
         self.pruner = attach(pl_module, optimizer, self.method, **options)
+        refuse_shards(self.pruner)
         if self._restored is not None:
             self.pruner.load_state_dict(self._restored)
             self._restored = None
@@ -90,6 +94,10 @@ class DualpruneCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the whole weights back."""
+        self._cut.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Bring the whole weights back where a validation was interrupted or failed."""
         self._cut.close()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,6 +140,15 @@ class DualpruneCallback(Callback):
                 "WeightAveraging writes its average into the model at the end, over the zeros: "
                 "put DualpruneCallback after it in Trainer(callbacks=[…])"
             )
+
+
+def _check_forward(module: LightningModule) -> None:
+    estimated = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in module.modules())
+    if estimated and getattr(module.forward, "__func__", None) is LightningModule.forward:
+        raise DualpruneError(
+            f"{type(module).__name__} has batch norm, which is re-estimated at the end by calling the module, but no "
+            "forward(x): write one, or pass calibrate=0"
+        )
 
 
 def _run_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dualprune.errors import DualpruneError
-from dualprune.integrations.common import STATE, Batches, batches, load_state, save_state
+from dualprune.integrations.common import STATE, Batches, batches, load_state, refuse_shards, save_state
 from dualprune.pruner import Pruner, attach
 from dualprune.solvers.base import Method
 
@@ -49,6 +49,7 @@ class DualpruneCallback(TrainerCallback):
         self._ear: Any = None
         self._losses: list[Tensor] = []  # of the step under way, one a batch
         self._shares = False
+        self._sharers = 1  # ranks whose items `num_items_in_batch` counts
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *,
@@ -58,6 +59,8 @@ class DualpruneCallback(TrainerCallback):
         self._let_go()
         batches(self.calibrate, kwargs["train_dataloader"])
         self.pruner = attach(model, optimizer, self.method, **{"total_steps": state.max_steps, **self.options})
+        refuse_shards(self.pruner)
+        self._sharers = args.world_size if args.average_tokens_across_devices else 1
         if state.global_step:
             folder = _checkpoint(args, state) if self.resume_from is None else Path(self.resume_from)
             load_state(self.pruner, folder / STATE, "pass DualpruneCallback(…, resume_from=the checkpoint's folder)")
@@ -67,9 +70,12 @@ class DualpruneCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Observe the losses of the step: those of accumulated batches, or their sum where each brings its share."""
+        """Observe the losses of the step: those of accumulated batches, or their sum where each brings its share.
+
+        The pruner takes the mean over ranks, so a share of all ranks' items counts once for each of them.
+        """
         if self.pruner is not None:
-            for loss in [torch.stack(self._losses).sum()] if self._shares else self._losses:
+            for loss in [torch.stack(self._losses).sum() * self._sharers] if self._shares else self._losses:
                 self.pruner.observe(loss)
         self._losses, self._shares = [], False
 
@@ -89,7 +95,7 @@ class DualpruneCallback(TrainerCallback):
     def _hear(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
         if isinstance(loss, Tensor) and loss.numel() == 1 and model.training and torch.is_grad_enabled():
-            self._losses.append(loss.detach().reshape(()))
+            self._losses.append(loss.detach().reshape(()).clone())  # the Trainer scales it in place
             self._shares = kwargs.get("num_items_in_batch") is not None
 
     def _let_go(self) -> None:

@@ -74,6 +74,7 @@ class Solver:
 
     penalises = False  # has a penalty, whose gradient `penalty_` adds at every step
     masks_weights = False  # moves masks itself at every update
+    fixed_size = False  # and these always keep what is asked for, so that a cut keeps to them
 
     def update(self, clock: Clock) -> Row:
         """Move the solver's state once; return the history row."""
@@ -111,6 +112,11 @@ class DualMethod(Method):
             raise DualpruneError(f"{type(self).__name__}(pull) is one of {PULLS}, got {self.pull!r}{near}")
         check_fraction(f"{type(self).__name__}(ramp)", self.ramp)
         check_fraction(f"{type(self).__name__}(hold)", self.hold)
+        if self.ramp + self.hold > 1 + 1e-9:
+            raise DualpruneError(
+                f"{type(self).__name__}: ramp={self.ramp} and hold={self.hold} are parts of one run and sum to at most 1: "
+                "the masks would be fixed before the set has its final size; lower one of them"
+            )
 
     @property
     def needs_total_steps(self) -> bool:  # noqa: D102

@@ -88,6 +88,8 @@ class MaskedSolver(Solver):
 class RigLSolver(MaskedSolver):
     """Holds the masks and the last gradient of every weight, which the optimizer does not see where the weight is dropped."""
 
+    fixed_size = True
+
     def __init__(self, problem: Problem, method: RigL, store: Store) -> None:
         drop = [~mask for mask in problem.masks(problem.weights)]
         super().__init__(problem, {"drop": drop, "grad": [store.like(w).zero_() for w in problem.weights]}, {})

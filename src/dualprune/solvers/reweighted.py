@@ -18,7 +18,7 @@ from torch import Tensor
 from dualprune.errors import DualpruneError, suggest
 from dualprune.patterns import Block, Channel, Column, Filter, Kernel, Pattern
 from dualprune.problem import Problem
-from dualprune.schedules import check_fraction
+from dualprune.schedules import check_fraction, check_positive
 from dualprune.solvers.base import Clock, Method, Row, Solver, Store, dense_gradient
 from dualprune.solvers.vector import Tensors, chunks
 
@@ -65,9 +65,9 @@ class Reweighted(Method):
 
     def __post_init__(self) -> None:
         if self.lam is not None:
-            _positive("lam", self.lam, "or None, which finds it")
-        _positive("eps", self.eps)
-        _positive("target", self.target)
+            check_positive("Reweighted(lam)", self.lam, " or None, which finds it")
+        check_positive("Reweighted(eps)", self.eps)
+        check_positive("Reweighted(target)", self.target)
         if self.norm not in (None, *NORMS):
             near = suggest(str(self.norm), NORMS)
             raise DualpruneError(f"Reweighted(norm) is one of {NORMS} or None, got {self.norm!r}{near}")
@@ -325,8 +325,3 @@ def _mean(lams: list[float | None]) -> float | None:
 
 def _energy(w: Tensor) -> Tensor:
     return w.double().square().sum()
-
-
-def _positive(what: str, value: float, instead: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise DualpruneError(f"Reweighted({what}) is a positive finite number {instead}".rstrip() + f", got {value!r}")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dualprune.errors import DualpruneError
 from dualprune.problem import Problem
+from dualprune.schedules import check_positive
 from dualprune.solvers.base import Clock, DualMethod, DualSolver, Row, Store
 from dualprune.solvers.vector import Shifted, ascend_, lagrangian_terms, replace_
 
@@ -49,10 +51,8 @@ class SAFE(DualMethod):
 
     def __post_init__(self) -> None:
         self._check()
-        for name in ("rho", "rho_sam"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise DualpruneError(f"SAFE({name}) is a positive finite number, got {value!r}")
+        check_positive("SAFE(rho)", self.rho)
+        check_positive("SAFE(rho_sam)", self.rho_sam)
 
     @classmethod
     def paper(cls, rho: float = 1e-3, rho_sam: float = 0.1) -> SAFE:
@@ -81,6 +81,8 @@ class SAFESolver(DualSolver):
     def __init__(self, problem: Problem, method: SAFE, store: Store) -> None:
         super().__init__(problem, method, store, rho=method.penalty(0.0))
         self.safe = method
+        if any(t.dtype is torch.float16 for t in self.tensors["lam"]):
+            raise DualpruneError("SAFE's first multipliers are too small for float16: give state_dtype=torch.float32")
 
     def update(self, clock: Clock) -> Row:  # noqa: D102
         W, Z, lam = self.problem.weights, self.tensors["Z"], self.tensors["lam"]
@@ -109,7 +111,7 @@ class SAFESolver(DualSolver):
 
 
 @contextmanager
-def perturbed(optimizer: Optimizer, radius: float) -> Iterator[None]:
+def perturbed(optimizer: Optimizer, radius: float, dropped: Iterable[tuple[Tensor, Tensor]] = ()) -> Iterator[None]:
     """Give a context in which the weights stand at W + radius · g/‖g‖, to take a second gradient there (Foret et al. 2021).
 
     On entering, the gradients of the optimizer's parameters are used up; on leaving, the weights are back to the last bit
@@ -119,6 +121,7 @@ def perturbed(optimizer: Optimizer, radius: float) -> Iterator[None]:
     Args:
         optimizer: the one of the loop, after `backward()`.
         radius: the length of the step uphill, over all parameters together.
+        dropped: `pruner.dropped`, so that what its masks have dropped stays zero there.
 
     Raises:
         DualpruneError: there are no gradients.
@@ -128,6 +131,9 @@ def perturbed(optimizer: Optimizer, radius: float) -> Iterator[None]:
     if not parameters:
         raise DualpruneError("perturbed() goes along the gradient: call loss.backward() before it")
     with torch.no_grad():
+        for weight, drop in dropped:
+            if weight.grad is not None:
+                weight.grad.masked_fill_(drop, 0)
         here = [p.detach().clone() for p in parameters]
         lengths = [torch.linalg.vector_norm(g).to(here[0].device, torch.float32) for g in gradients]
         scale = radius / (torch.linalg.vector_norm(torch.stack(lengths)) + 1e-12)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dualprune.errors import DualpruneError, suggest
 from dualprune.problem import Problem
-from dualprune.schedules import Geometric, as_schedule, slr_alpha
+from dualprune.schedules import Geometric, as_schedule, check_positive, slr_alpha
 from dualprune.solvers.base import Clock, ConstantOrSchedule, DualMethod, DualSolver, Row, Store
 from dualprune.solvers.vector import Kept, Shifted, Tensors, ascend_, lagrangian_terms, replace_
 
@@ -50,13 +50,15 @@ class SLR(DualMethod):
     def __post_init__(self) -> None:
         self._check()
         as_schedule(self.rho, "SLR(rho)")
-        if not (0 < self.s0 < math.inf and 1 < self.M < math.inf and 0 < self.r < 1):
-            raise DualpruneError(f"SLR expects s0 > 0, M > 1 and 0 < r < 1, got s0={self.s0}, M={self.M}, r={self.r}")
+        for name in ("s0", "M", "r"):
+            check_positive(f"SLR({name})", getattr(self, name))
+        if not (self.M > 1 and self.r < 1):
+            raise DualpruneError(f"SLR expects M > 1 and r < 1, got M={self.M}, r={self.r}")
         if self.step_rule not in STEP_RULES:
             near = suggest(str(self.step_rule), STEP_RULES)
             raise DualpruneError(f"SLR(step_rule) is one of {STEP_RULES}, got {self.step_rule!r}{near}")
-        if self.cap is not None and not self.cap > 0:
-            raise DualpruneError(f"SLR(cap) is a positive multiple of rho or None, got {self.cap}")
+        if self.cap is not None:
+            check_positive("SLR(cap), a multiple of rho,", self.cap, " or None")
 
     @classmethod
     def paper(cls, s0: float = 0.01, M: float = 300.0, r: float = 0.1, rho: float = 0.1) -> SLR:
@@ -125,7 +127,8 @@ class SLRSolver(DualSolver):
         rho = as_schedule(method.rho, "SLR(rho)")(clock.progress)
         known = clock.loss is not None and (books["f"] is not None or books["k"] == 1)
         f, f_prev = (clock.loss or 0.0, books["f"]) if known else (0.0, 0.0)
-        # L at the last weights with today's ρ: Λ and Z have not moved since, so two scalars hold all of it
+        # L at the last weights with today's ρ: Λ has not moved since, nor has Z but where it follows W, which only lowers the
+        # other side; so two scalars hold all of it
         L_prev = math.inf if f_prev is None else f_prev + books["inner"] + rho / 2 * books["square"]
         self.catch_up(rho)
         row = slr_update(

@@ -82,6 +82,8 @@ class Shifted:
 
     def form(self, w: Tensor, multiplier: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the piece of V at a piece of W and the same of Λ, in memory of w's dtype if given."""
+        if w.dtype is torch.float16:  # which ends at 65504, and 1/ρ need not
+            return multiplier.to(w.device).float().mul_(1 / self.rho).add_(w).to(w.dtype)
         return torch.add(w, multiplier.to(w.device), alpha=1 / self.rho, out=out).to(w.dtype)
 
     def cut(self, members: Sequence[int], k: int) -> Cut | None:

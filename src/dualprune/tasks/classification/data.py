@@ -29,6 +29,7 @@ from dualprune.tasks.classification.imagenet import ImageTree, class_indices, im
 
 Augment = Literal["none", "flip", "crop-flip", "shift"]
 Split = Literal["train", "test"]
+Interpolation = Literal["bilinear", "bicubic"]
 Batch = tuple[Tensor, Tensor]
 Draw = tuple[Tensor, int]  # which images, and the seed of their augmentation
 Device = torch.device | str | None
@@ -164,6 +165,8 @@ class FolderDataset:
         workers: processes that decode; 0 decodes in this one.
         augment: the usual augmentation for these images.
         source: where it lies.
+        crop: share of the resized image's shorter side that is cut out of its middle where nothing else is cropped.
+        interpolation: how images are resized.
     """
 
     name: str
@@ -176,6 +179,8 @@ class FolderDataset:
     workers: int = 4
     augment: Augment = "crop-flip"
     source: str = ""
+    crop: float = 0.875
+    interpolation: Interpolation = "bilinear"
 
     @property
     def num_classes(self) -> int:
@@ -193,7 +198,8 @@ class FolderDataset:
 
     def fetch(self, split: Split, draws: Sequence[Draw], augment: Augment, device: Device) -> Iterator[Batch]:
         """Yield the drawn images: decoded and augmented by the workers, normalised on `device`."""
-        files = _Files(self.train if split == "train" else self.test, _folder_transform(augment, self.image_size))
+        transform = _folder_transform(augment, self.image_size, self.crop, self.interpolation)
+        files = _Files(self.train if split == "train" else self.test, transform)
         loader: Iterable[Batch] = torch.utils.data.DataLoader(
             files,
             batch_sampler=[[(index, seed) for index in indices.tolist()] for indices, seed in draws],
@@ -454,14 +460,15 @@ def _normalised(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
     return x.float().sub_(center).div_(scale)
 
 
-def _folder_transform(augment: Augment, size: int) -> Callable[[Any], Tensor]:
-    """From a PIL image to uint8 (3, size, size); "none" and "flip" resize to 8/7 of the size and cut out the middle."""
+def _folder_transform(augment: Augment, size: int, crop: float, interpolation: Interpolation) -> Callable[[Any], Tensor]:
+    """From a PIL image to uint8 (3, size, size); "none" and "flip" resize to size / crop and cut out the middle."""
     from torchvision import transforms
 
     if augment == "shift":
         raise DualpruneError("augment='shift' is for digits; image folders have none, flip and crop-flip")
-    middle = [transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size)]
-    steps = [transforms.RandomResizedCrop(size)] if augment == "crop-flip" else middle
+    how = transforms.InterpolationMode(interpolation)
+    middle = [transforms.Resize(round(size / crop), how), transforms.CenterCrop(size)]
+    steps = [transforms.RandomResizedCrop(size, interpolation=how)] if augment == "crop-flip" else middle
     flips = [] if augment == "none" else [transforms.RandomHorizontalFlip()]
     return transforms.Compose([*steps, *flips, transforms.PILToTensor()])
 
@@ -476,12 +483,14 @@ class _Files(torch.utils.data.Dataset[Any]):
     def __getitem__(self, draw: tuple[int, int]) -> tuple[Tensor, int]:
         from PIL import Image
 
+        from dualprune.tasks.image_files import UNREADABLE
+
         index, seed = draw
         path, label = self.samples[index]
         try:
             with Image.open(path) as image:
                 pixels = image.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise FormatError(f"{path} is not a readable image: {error}") from error
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the accelerators too
@@ -543,8 +552,8 @@ def load_data(name: str, root: str | Path | None = None, **options: Any) -> Arra
             (several are separated as in PATH), then in ``data``.
         **options: digits: `test_fraction`, `subset`, `seed`. mnist, fashion-mnist, cifar10: `download` (through
             torchvision, into the first folder), `mean`, `std`, `subset`, `seed`. imagefolder: `image_size`, `workers`,
-            `mean`, `std`, `classes`. tinyimagenet: `image_size`, `mean`, `std`, `subset`, `seed`. imagenet-sample:
-            `image_size`, `mean`, `std`. See docs/data.md.
+            `mean`, `std`, `classes`, `crop`, `interpolation`. tinyimagenet: `image_size`, `mean`, `std`, `subset`, `seed`.
+            imagenet-sample: `image_size`, `mean`, `std`. See docs/data.md.
 
     Raises:
         DataNotFoundError: nothing was found; says where it looked and how to get the data.
@@ -761,6 +770,8 @@ def _load_folder(
     mean: Sequence[float] = FolderDataset.mean,
     std: Sequence[float] = FolderDataset.std,
     classes: str | None = None,
+    crop: float = FolderDataset.crop,
+    interpolation: Interpolation = FolderDataset.interpolation,
 ) -> FolderDataset:
     """The layout of torchvision's ImageFolder: train/CLASS/image.jpg and val/CLASS/image.jpg.
 
@@ -769,6 +780,11 @@ def _load_folder(
     if classes not in (None, "imagenet"):
         raise DualpruneError(f"classes is 'imagenet', or left out for the folders' own; got {classes!r}")
     _at_least_one("image_size", image_size)
+    if not 0 < crop <= 1:
+        raise DualpruneError(f"crop is the share of the resized image that is cut out, in (0, 1], got {crop}")
+    known = get_args(Interpolation)
+    if interpolation not in known:
+        raise DualpruneError(f"interpolation is {' or '.join(known)}, got {interpolation!r}{suggest(interpolation, known)}")
     for top in _roots(root):
         if (top / "train").is_dir() and (top / "val").is_dir():
             break
@@ -790,6 +806,8 @@ def _load_folder(
         tuple(std),
         workers,
         source=str(top),
+        crop=crop,
+        interpolation=interpolation,
     )
 
 

@@ -159,10 +159,12 @@ def _square(read: Callable[[str], bytes], where: str, path: str, size: int) -> n
     """Decode one image into uint8 (size, size, 3)."""
     from PIL import Image
 
+    from dualprune.tasks.image_files import UNREADABLE
+
     try:
         with Image.open(io.BytesIO(read(path))) as image:
             pixels = image.convert("RGB")
-    except (OSError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, zlib.error, zipfile.BadZipFile) as error:
         raise FormatError(f"{where} is not a readable image: {error}") from error
     side = min(pixels.size)
     left, top = (pixels.width - side) // 2, (pixels.height - side) // 2

@@ -162,11 +162,10 @@ def steps_per_epoch(data: DetectionSet, batch_size: int) -> int:
     return len(data) // batch_size
 
 
-def in_order(
-    data: DetectionSet, indices: Sequence[int], batch_size: int, device: torch.device | None = None
+def plain_batches(
+    data: DetectionSet, draws: Sequence[Sequence[int]], device: torch.device | None = None
 ) -> Iterator[tuple[Tensor, list[Placement]]]:
-    """Yield the images `indices` as they are, float32 in [0, 1], and where they lie."""
-    draws = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    """Yield the images of each draw as they are, float32 in [0, 1], and where they lie."""
     for images, placements in data.fetch(draws):
         yield images.to(device, non_blocking=True).float() / 255, placements
 
@@ -249,10 +248,12 @@ def read_image(path: Path, size: int, fit: Fit) -> tuple[Tensor, Placement]:
     """
     from PIL import Image
 
+    from dualprune.tasks.image_files import UNREADABLE
+
     try:
         with Image.open(path) as image:
             picture = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise FormatError(f"{path} is not a readable image: {error}") from error
     place = placement(*picture.size, size, fit)
     resized = picture.resize(
@@ -299,7 +300,8 @@ def load_split(
         root: the folder that holds ``images``; None looks in ``coco``, ``coco256`` and the folder itself, of every folder in
             the environment variable DUALPRUNE_DATA, then of ``data``.
         size: side of the squares handed out, a multiple of the network's stride.
-        classes: their names, or how many there are; None: COCO's 80, or those of the JSON file.
+        classes: their names, in the order of their numbers, or how many there are; None: COCO's 80, or those of the JSON
+            file. A JSON file's categories are found by their names in a list, and numbered by their ids without one.
         annotations: the JSON file, relative to the root, in place of label files; "{split}" in it is the split's name.
         fit: "letterbox" or "stretch".
         limit: the first so many images only, those without objects left out.
@@ -309,21 +311,18 @@ def load_split(
 
     Raises:
         DataNotFoundError: there is no such folder or file, or no images in it.
-        FormatError: a label or annotation file is not what it should be; names the line.
+        FormatError: a label or annotation file is not what it should be; names the line or the annotation.
         DualpruneError: a value is out of range.
     """
     _check(fit=fit, size=size, limit=limit, workers=workers)
     place = _find(root, split)
     notes: Counter[str] = Counter()
-    names = _names(classes)
     if annotations is None:
+        names = _names(classes)
         files, labels = _read_yolo(place, split, len(names), notes)
     else:
         path = place / annotations.format(split=split)
-        files, labels, named = _read_json(path, _image_folder(place, split), notes)
-        names = named if classes is None else names
-        if len(named) > len(names):
-            raise DualpruneError(f"{path} has {len(named)} categories, classes says {len(names)}")
+        files, labels, names = _read_json(path, _image_folder(place, split), classes, notes)
     if not sum(map(len, labels)):
         raise DualpruneError(f"{place}: {len(files)} images of {split} and not one box; are the labels of the same split?")
     data = DetectionSet(split, files, labels, names, size, fit, workers, notes=notes)
@@ -353,7 +352,17 @@ def _names(classes: Sequence[str] | int | None) -> tuple[str, ...]:
     coco = coco_classes()
     if classes is None or classes == len(coco):
         return coco
-    return tuple(f"class {i}" for i in range(classes)) if isinstance(classes, int) else tuple(map(str, classes))
+    if isinstance(classes, int):
+        return tuple(f"class {i}" for i in range(classes))
+    names = tuple(map(str, classes))
+    if (twice := _twice(names)) is not None:
+        raise DualpruneError(f"classes names {twice!r} twice; a class has one number")
+    return names
+
+
+def _twice(values: Sequence[Any]) -> Any:
+    """The first value that is there more than once, or None."""
+    return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
 def _find(root: str | Path | None, split: str) -> Path:
@@ -430,32 +439,38 @@ def _label(words: list[str], where: str, classes: int) -> tuple[float, ...]:
     if len(numbers) != 4:
         raise FormatError(f"{where}: expected a class and 4 numbers (or a polygon's), got {len(words)} words")
     centre_x, centre_y, width, height = numbers
-    sides = (centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2)
-    if not all(-_EDGE <= side <= 1 + _EDGE for side in sides) or min(width, height) < 0:
+    if not _inside(centre_x, centre_y, width, height):
         raise FormatError(f"{where}: expected fractions of the image's sides, the box inside it; got {' '.join(words)!r}")
     return (label, centre_x, centre_y, width, height, 0.0)
 
 
-def _read_json(path: Path, folder: Path, notes: Counter[str]) -> tuple[tuple[Path, ...], tuple[Labels, ...], tuple[str, ...]]:
-    """Read an instances JSON; classes are its categories in the order of their ids, boxes are fractions of its own sizes."""
+def _inside(centre_x: float, centre_y: float, width: float, height: float) -> bool:
+    """Whether a box of fractions lies in the image, but for a little; not if one of them is NaN."""
+    sides = (centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2)
+    return all(-_EDGE <= side <= 1 + _EDGE for side in sides) and min(width, height) >= 0
+
+
+def _read_json(
+    path: Path, folder: Path, classes: Sequence[str] | int | None, notes: Counter[str]
+) -> tuple[tuple[Path, ...], tuple[Labels, ...], tuple[str, ...]]:
+    """Read an instances JSON; its categories are numbered by `_categories`, boxes are fractions of the sizes it names."""
     content = _json(path)
     try:
-        categories = sorted(content["categories"], key=lambda one: one["id"])
-        number = {one["id"]: i for i, one in enumerate(categories)}
+        number, names = _categories(content["categories"], classes, path)
         sizes = {one["id"]: (one["file_name"], float(one["width"]), float(one["height"])) for one in content["images"]}
         rows: dict[int, list[tuple[float, ...]]] = {image: [] for image in sizes}
-        for one in content["annotations"]:
+        for i, one in enumerate(content["annotations"]):
+            where = f"{path}: annotation {one.get('id', i)}"
             if one["category_id"] not in number:
-                raise FormatError(f"{path}: annotation {one['id']} has category {one['category_id']}, which is not in the file")
+                raise FormatError(f"{where} has category {one['category_id']}, which is not in the file")
             if one["image_id"] not in sizes:
                 notes["annotations without an image, skipped"] += 1
                 continue
-            _, across, down = sizes[one["image_id"]]
-            x, y, width, height = one["bbox"]
-            centre = ((x + width / 2) / across, (y + height / 2) / down)
-            label = float(number[one["category_id"]])
-            rows[one["image_id"]].append((label, *centre, width / across, height / down, float(one.get("iscrowd", 0))))
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+            box = _fractions(one["bbox"], *sizes[one["image_id"]][1:], where)
+            rows[one["image_id"]].append((float(number[one["category_id"]]), *box, float(one.get("iscrowd", 0))))
+    except FormatError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise FormatError(f"{path} is no instances JSON of COCO: {type(error).__name__}: {error}") from error
     there = {file.name for file in folder.iterdir()}
     files, labels = [], []
@@ -468,7 +483,37 @@ def _read_json(path: Path, folder: Path, notes: Counter[str]) -> tuple[tuple[Pat
     notes["images that the JSON file does not name, skipped"] += len(there - {name for name, *_ in sizes.values()})
     if not files:
         raise DataNotFoundError(f"{folder} holds none of the {len(sizes)} images of {path}")
-    return tuple(files), tuple(labels), tuple(str(one.get("name", one["id"])) for one in categories)
+    return tuple(files), tuple(labels), names
+
+
+def _categories(
+    content: Sequence[dict[str, Any]], classes: Sequence[str] | int | None, path: Path
+) -> tuple[dict[int, int], tuple[str, ...]]:
+    """The number of each category's id, and the names of all numbers: `classes`, or the file's in the order of its ids."""
+    ordered = sorted(content, key=lambda one: one["id"])
+    keys, found = [one["id"] for one in ordered], [str(one.get("name", one["id"])) for one in ordered]
+    for what, values in (("id", keys), ("name", found)):
+        if (twice := _twice(values)) is not None:
+            raise FormatError(f"{path} has two categories of the {what} {twice!r}")
+    if isinstance(classes, int) and classes != len(found):
+        raise FormatError(f"{path} has {len(found)} categories, classes says {classes}; give their names, or leave it out")
+    names = tuple(found) if classes is None or isinstance(classes, int) else _names(classes)
+    for name in found:
+        if name not in names:
+            near = suggest(name, names)
+            raise FormatError(f"{path}: the category {name!r} is none of the {len(names)} classes{near}; name it in classes")
+    return {key: names.index(name) for key, name in zip(keys, found, strict=True)}, names
+
+
+def _fractions(bbox: Sequence[float], across: float, down: float, where: str) -> tuple[float, float, float, float]:
+    """From left, top, width and height in pixels to centre, width and height in fractions of the image."""
+    if len(bbox) != 4:
+        raise FormatError(f"{where}: expected bbox = [left, top, width, height], got {bbox}")
+    x, y, width, height = bbox
+    box = ((x + width / 2) / across, (y + height / 2) / down, width / across, height / down)
+    if not _inside(*box):
+        raise FormatError(f"{where}: expected a box inside its image of {across:g}×{down:g} pixels, got {bbox}")
+    return box
 
 
 def _json(path: Path) -> Any:

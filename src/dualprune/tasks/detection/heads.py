@@ -106,7 +106,7 @@ def detect(
 def detection_loss(
     heads: Sequence[Head], maps: Sequence[Tensor], targets: Tensor, gains: Gains | None = None, smoothing: float = 0.0
 ) -> Tensor:
-    """YOLOv3's loss over a batch, divided by the number of (box, anchor) pairs that are trained on.
+    """YOLOv3's loss over a batch, divided by the number of (box, anchor) pairs that are trained on, or of images if larger.
 
     A true box trains the cell of its centre, there the anchor whose shape fits best over all heads and every other one
     whose shape overlaps it by more than the head's `assign_above`. Differences from the paper, both as in later
@@ -150,7 +150,8 @@ def detection_loss(
         box = _ciou_loss(corners[image, anchor, y, x], true)
         total = total + gains.box * box + gains.objectness * presence + gains.classes * classes
         pairs += len(which)
-    return total / max(1, pairs)
+    # a batch of background alone must not weigh more than all others
+    return total / max(len(maps[0]), pairs)
 
 
 def _split(head: Head, raw: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -45,7 +46,7 @@ class Detection(Task):
         partial = bool(options.pop("partial", False))
         options.pop("gains", None)
         _known("[model] options", options, ("width", "classes", "partial", "gains"))
-        options.setdefault("classes", self._classes())
+        options["classes"] = self._classes()
         torch.manual_seed(self.recipe.seed)
         network = build_network(self._cfg(), **options)
         if table.pretrained:
@@ -81,8 +82,10 @@ class Detection(Task):
 
     def calibration(self, samples: int) -> Iterator[Any]:  # noqa: D102
         count = min(samples, len(self.train))
-        drawn = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))[:count].tolist()
-        for x, _ in images.in_order(self.train, drawn, _BATCH, self.device):
+        drawn = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))[:count]
+        # the cumulative average counts each batch alike, so they are equally large to within one image
+        parts = [part.tolist() for part in drawn.tensor_split(math.ceil(count / _BATCH))]
+        for x, _ in images.plain_batches(self.train, parts, self.device):
             yield x.contiguous(memory_format=self.memory_format)
 
     def pictures(self, model: nn.Module) -> list[tuple[str, np.ndarray[Any, Any]]]:
@@ -113,7 +116,8 @@ class Detection(Task):
         data = images.load_split(train, root, **shared)
         if self.split == "validation":
             return images.split_validation(data, self.recipe.data.validation, self.recipe.seed)
-        return data, data if test == train else images.load_split(test, root, **shared)
+        # classes have the training data's numbers, whatever the test data's own file says
+        return data, data if test == train else images.load_split(test, root, **{**shared, "classes": data.classes})
 
     @property
     def _data_options(self) -> dict[str, Any]:
@@ -132,7 +136,7 @@ class Detection(Task):
     def _heads(self) -> Sequence[Head]:
         # of a network without storage: the loss is handed a compiled one, which need not have attributes
         with torch.device("meta"):
-            return build_network(self._cfg(), classes=self.recipe.model.options.get("classes", self._classes())).heads
+            return build_network(self._cfg(), classes=self._classes()).heads
 
     @cached_property
     def _gains(self) -> Gains:
@@ -141,11 +145,15 @@ class Detection(Task):
         return Gains(**gains)
 
     def _classes(self) -> int | None:
-        """How many classes the data have; None where they are not at hand: the network then has its own."""
+        """How many classes are asked for, or else the data have; None where data are not at hand: the network has its own."""
+        asked: int | None = self.recipe.model.options.get("classes")
         try:
-            return len(self.train.classes)
+            there = len(self.train.classes)
         except DataNotFoundError:
-            return None
+            return asked
+        if asked is not None and asked < there:
+            raise DualpruneError(f"[model] options.classes is {asked}, but the data have {there}: leave it out, or raise it")
+        return there if asked is None else asked
 
     def _cfg(self) -> str | Path:
         """The name of a network, or its cfg file, looked for where weights are."""
@@ -166,8 +174,9 @@ class Detection(Task):
         """Yield (true, found) boxes of each image, in its own pixels; every module's mode comes back."""
         limits: dict[str, Any] = {"confidence": confidence, "overlap": float(self._data_options.get("overlap", 0.6))}
         labels = iter([self.test.labels[i] for i in indices])
+        draws = [indices[at : at + _BATCH] for at in range(0, len(indices), _BATCH)]
         with evaluating(model):
-            for x, places in images.in_order(self.test, list(indices), _BATCH, self.device):
+            for x, places in images.plain_batches(self.test, draws, self.device):
                 maps = model(x.contiguous(memory_format=self.memory_format))
                 for boxes, place in zip(detect(self._heads, maps, **limits), places, strict=True):
                     yield true_boxes(next(labels), place), in_image(boxes, place)

@@ -249,10 +249,12 @@ def read_image(path: Path, size: tuple[int, int]) -> Any:
     """
     from PIL import Image
 
+    from dualprune.tasks.image_files import UNREADABLE
+
     try:
         with Image.open(path) as image:
             pixels = image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise FormatError(f"{path} is not a readable image: {error}") from error
     if pixels.size != size[::-1]:
         raise FormatError(
@@ -263,17 +265,16 @@ def read_image(path: Path, size: tuple[int, int]) -> Any:
 
 
 def moved(x: Array, heights: Array, motion: Motion, grid: Grid) -> Array:
-    """Move lanes (lanes, len(heights)) and read them on the grid's rows: (lanes, rows)."""
+    """Move lanes (lanes, len(heights)) and read them on the grid's rows, -2 across gaps as `resample`: (lanes, rows)."""
     out = np.full((len(x), grid.rows), -2.0)
     for number, lane in enumerate(x):
-        there = lane >= 0
-        if not there.any():
-            continue
-        u, v = motion.points(lane[there], heights[there], grid.frame)
-        u, v = (points[np.argsort(v)] for points in (u, v))
-        # points left of the frame keep their place here, so that a lane can leave and come back
-        inside = (grid.anchors >= v[0]) & (grid.anchors <= v[-1])
-        out[number, inside] = np.interp(grid.anchors[inside], v, u)
+        there = np.flatnonzero(lane >= 0)
+        for run in np.split(there, np.flatnonzero(np.diff(there) > 1) + 1) if len(there) else ():
+            u, v = motion.points(lane[run], heights[run], grid.frame)
+            u, v = (points[np.argsort(v)] for points in (u, v))
+            # points left of the frame keep their place here, so that a lane can leave and come back
+            inside = (grid.anchors >= v[0]) & (grid.anchors <= v[-1])
+            out[number, inside] = np.interp(grid.anchors[inside], v, u)
     return np.where((out >= 0) & (out <= grid.frame[1] - 1), out, -2.0)
 
 

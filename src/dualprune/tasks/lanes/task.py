@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from dualprune.errors import DualpruneError, suggest
+from dualprune.errors import DualpruneError
 from dualprune.tasks.base import Batch, Task, evaluating
 from dualprune.tasks.classification.models import load_weights
 from dualprune.tasks.lanes.data import (
@@ -30,6 +29,7 @@ from dualprune.tasks.lanes.grid import Array, Grid, resample
 from dualprune.tasks.lanes.loss import LaneLoss
 from dualprune.tasks.lanes.metrics import frame_scores, tusimple_scores
 from dualprune.tasks.lanes.model import LaneNet
+from dualprune.tasks.options import read_options
 
 if TYPE_CHECKING:
     from dualprune.recipe import OptimizerTable
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 PICTURES = 4  # frames that are drawn
 _EVAL_BATCH = 16
 _MARKED, _PREDICTED = (60, 220, 90), (255, 70, 60)
-Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class DataOptions:
         workers: processes that decode; 0 decodes in this one.
         repeat: how many times an epoch goes through the training frames.
         empty_lanes: also predict lanes without points, as the authors' test script does; the benchmark credits such a
-            lane with every row on which a marked lane is absent. Without it a lane needs two points.
+            lane with every row on which a marked lane is absent. Without it a lane needs two points on the label's rows.
     """
 
     train: str = "label_data*.json"
@@ -203,27 +202,8 @@ class Lanes(Task):
         return batches(samples, draws, workers=self.data_options.workers, **settings)
 
     def _at_label(self, x: Array, frame: Frame) -> Array:
-        if not self.data_options.empty_lanes:
-            x = x[(x >= 0).sum(1) >= 2]
-        return resample(x, self.grid.anchors, frame.heights)
-
-
-def read_options(kind: type[Options], given: Mapping[str, Any], where: str) -> Options:
-    """Build a dataclass from a recipe's table.
-
-    Raises:
-        DualpruneError: an unknown key, or a value of another type; the message has its place.
-    """
-    known = [one.name for one in fields(kind)]  # type: ignore[arg-type]
-    for key in given:
-        if key not in known:
-            raise DualpruneError(f"{where}: unknown key {key!r}{suggest(key, known)}; there are {', '.join(known)}")
-    try:
-        return TypeAdapter(kind).validate_python(dict(given))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise DualpruneError(f"{where} {place}: {first['msg']}, got {first['input']!r}") from error
+        x = resample(x, self.grid.anchors, frame.heights)
+        return x if self.data_options.empty_lanes else x[(x >= 0).sum(1) >= 2]
 
 
 def draw(frame: Frame, lanes: Array, size: tuple[int, int]) -> np.ndarray[Any, Any]:

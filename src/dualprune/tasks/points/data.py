@@ -220,7 +220,7 @@ def load_kitti(
     """Find frames in the KITTI layout.
 
     Args:
-        name: the folder's name, looked for in ``$DUALPRUNE_DATA`` and ``data/``.
+        name: the folder's name, looked for in the folders of ``$DUALPRUNE_DATA`` and in ``data/``.
         root: the folder itself, which holds ``training/``; wins over `name`.
         train: which frames to train on: a file of ``ImageSets/`` without its ``.txt``, or "all".
         test: likewise, which to measure on.
@@ -231,8 +231,8 @@ def load_kitti(
         FormatError: frames lack files, or a file is damaged.
         DualpruneError: no such list of frames or class.
     """
-    store = os.environ.get("DUALPRUNE_DATA")
-    places = [Path(root).expanduser()] if root else [*([Path(store) / name] if store else []), Path("data") / name]
+    given = [Path(part) for part in os.environ.get("DUALPRUNE_DATA", "").split(os.pathsep) if part]
+    places = [Path(root).expanduser()] if root else [top / name for top in (*given, Path("data"))]
     found = next((place for place in places if (place / "training").is_dir()), None)
     if found is None:
         raise DataNotFoundError(
@@ -261,7 +261,7 @@ def read_objects(path: Path) -> Objects:
     """Read a label file (15 fields a line) or a result file (16, the score last); an empty file has no objects.
 
     Raises:
-        FormatError: a line has other fields, a number is none, or the class is none of KITTI's.
+        FormatError: a line has other fields, a number is none, the class is none of KITTI's, or an object has no size.
     """
     kinds, rows = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -279,6 +279,8 @@ def read_objects(path: Path) -> Objects:
             raise FormatError(f"{path}, line {number}: {error}") from None
         if not all(map(math.isfinite, values)):
             raise FormatError(f"{path}, line {number}: a number is not finite: {line!r}")
+        if fields[0] != "DontCare" and min(values[7:10]) <= 0:
+            raise FormatError(f"{path}, line {number}: height, width and length are above 0, got {' '.join(fields[8:11])}")
         kinds.append(fields[0])
         rows.append(values if len(fields) == 16 else [*values, 1.0])
     return _objects(kinds, np.array(rows, np.float64).reshape(-1, 15))
@@ -453,12 +455,14 @@ def _frames(root: Path, which: str) -> tuple[str, ...]:
 
 
 def _image_size(path: Path | None) -> tuple[int, int]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    from dualprune.tasks.image_files import UNREADABLE
 
     try:
         with Image.open(path) as image:  # type: ignore[arg-type]
             return image.size
-    except (UnidentifiedImageError, OSError) as error:
+    except UNREADABLE as error:
         raise FormatError(f"{path} is no readable image: {error}") from error
 
 

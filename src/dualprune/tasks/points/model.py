@@ -148,7 +148,8 @@ class PointPillars(nn.Module):
         anchor_class: (a,) index of each anchor's class.
 
     Raises:
-        DualpruneError: a class without anchors, or an extent that the cells and strides do not divide.
+        DualpruneError: a class without anchors, blocks of which some lack a size, or an extent that the cells and strides
+            do not divide.
     """
 
     anchors: Tensor
@@ -169,6 +170,10 @@ class PointPillars(nn.Module):
         for kind in classes:
             if kind not in ANCHORS:
                 raise DualpruneError(f"no anchors for {kind!r}{suggest(kind, ANCHORS)}; there are {', '.join(ANCHORS)}")
+        sizes = {"layers": layers, "strides": strides, "filters": filters, "up_filters": up_filters}
+        if len(set(map(len, sizes.values()))) > 1 or min([pillar_channels, len(strides), *strides, *filters, *up_filters]) < 1:
+            shown = ", ".join(f"{key} {list(value)}" for key, value in sizes.items())
+            raise DualpruneError(f"each block has one number of each, and all but layers are at least 1; got {shown}")
         self.classes, grid = tuple(classes), _grid(extent, cell, math.prod(strides))
         self.vfe = Pillars(extent, cell, grid, pillar_channels)
         self.backbone_2d = Backbone(pillar_channels, layers, strides, filters, up_filters)

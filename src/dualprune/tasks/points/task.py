@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from dualprune.errors import DualpruneError, suggest
+from dualprune.errors import DualpruneError
 from dualprune.tasks.base import Batch, Task, evaluating
 from dualprune.tasks.classification.models import load_weights
+from dualprune.tasks.options import read_options
 from dualprune.tasks.points.boxes import corners_bev
 from dualprune.tasks.points.data import Augment, Kitti, Objects, load_kitti, plain_batches, to_objects, train_batches
 from dualprune.tasks.points.loss import point_losses
@@ -30,31 +33,62 @@ _HEADINGS: dict[str, tuple[View, str, int]] = {
     **{f"3D {level} mAP11": ("3D", level, 11) for level in _ORDER},
 }
 _AUGMENTS: dict[bool | str, Augment] = {True: "full", False: "none", "none": "none", "flip": "flip"}
-# what of [data] options is no argument of load_kitti
-_OWN_OPTIONS = ("workers", "min_overlap", "sampling")
-_OPTIONS = ("train", "test", *_OWN_OPTIONS)
+Kind = Literal["Car", "Pedestrian", "Cyclist"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """``[model] options``; see `PointPillars`."""
+
+    classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")
+    extent: tuple[float, ...] = (0.0, -39.68, -3.0, 69.12, 39.68, 1.0)
+    cell: float = 0.16
+    pillar_channels: int = 64
+    layers: tuple[int, ...] = (3, 5, 5)
+    strides: tuple[int, ...] = (2, 2, 2)
+    filters: tuple[int, ...] = (64, 128, 256)
+    up_filters: tuple[int, ...] = (128, 128, 128)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """``[data] options``.
+
+    Attributes:
+        train: a list of frames in ``ImageSets/``, or "all".
+        test: likewise.
+        workers: threads that read ahead.
+        min_overlap: of `kitti_scores`, for the classes that shall have another than the benchmark's.
+        sampling: of `kitti_scores`.
+    """
+
+    train: str = "train"
+    test: str = "val"
+    workers: Annotated[int, Field(ge=0)] = 0
+    min_overlap: dict[Kind, Annotated[float, Field(ge=0, lt=1)]] = field(default_factory=dict)
+    sampling: Literal["exact", "kit"] = "exact"
 
 
 class Points(Task):
-    """PointPillars; the metrics are means over the classes, with 40 recall points or, where the name says so, 11.
-
-    ``[data] options``: `train` and `test`, lists of frames in ``ImageSets/`` ("train", "val") or "all"; `workers`, threads
-    that read ahead (0); `min_overlap`, per class, and `sampling` of `kitti_scores`.
-    """
+    """PointPillars; the metrics are means over the classes, with 40 recall points or, where the name says so, 11."""
 
     metrics = tuple(_HEADINGS)
 
     @cached_property
+    def model_options(self) -> ModelOptions:
+        """``[model] options``, checked."""
+        return read_options(ModelOptions, self.recipe.model.options, "[model] options")
+
+    @cached_property
+    def data_options(self) -> DataOptions:
+        """``[data] options``, checked."""
+        return read_options(DataOptions, self.recipe.data.options, "[data] options")
+
+    @cached_property
     def data(self) -> Kitti:
         """The frames, read when asked for; with split "validation" the test frames are training frames held out."""
-        table = self.recipe.data
-        for key in table.options:
-            if key not in _OPTIONS:
-                raise DualpruneError(
-                    f"[data] options: unknown key {key!r}{suggest(key, _OPTIONS)}; it takes {', '.join(_OPTIONS)}"
-                )
-        given = {key: value for key, value in table.options.items() if key not in _OWN_OPTIONS}
-        data = load_kitti(table.name, table.root, classes=self._classes, **given)
+        table, chosen = self.recipe.data, self.data_options
+        data = load_kitti(table.name, table.root, train=chosen.train, test=chosen.test, classes=self._classes)
         return data.hold_out(table.validation, self.recipe.seed) if self.split == "validation" else data
 
     def model(self, *, with_weights: bool = True) -> nn.Module:  # noqa: D102
@@ -62,7 +96,7 @@ class Points(Task):
         if table.pretrained:
             raise DualpruneError("pointpillars has no weights to fetch: leave pretrained out and give a weights file")
         torch.manual_seed(self.recipe.seed)
-        model = build_points_model(table.name, table.options)
+        model = build_points_model(table.name, vars(self.model_options))
         path = self.recipe.weights_path() if with_weights else None
         if path is not None:
             load_weights(model, path)
@@ -78,11 +112,13 @@ class Points(Task):
         asked = self.recipe.data.augment
         if asked not in _AUGMENTS:
             raise DualpruneError(f"[data] augment: point clouds have true, 'flip' and 'none', got {asked!r}")
-        place: dict[str, Any] = {"workers": self.recipe.data.options.get("workers", 0), "device": self.device}
+        place: dict[str, Any] = {"workers": self.data_options.workers, "device": self.device}
         order: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "epoch": epoch, "start_step": start_step}
         return train_batches(self.data, augment=_AUGMENTS[asked], **order, **place)
 
     def loss(self, forward: Callable[..., Any], batch: Batch, settings: OptimizerTable) -> Tensor:  # noqa: D102
+        if settings.label_smoothing:
+            raise DualpruneError("the scores' loss is focal and has no label_smoothing; leave it 0")
         points, targets = batch
         with self.autocast():
             predictions = forward(points)
@@ -101,11 +137,11 @@ class Points(Task):
 
     def scores(self, model: nn.Module) -> dict[tuple[View, str, str], Score]:
         """Return the whole table: (view, difficulty, class) → average precision."""
-        options = self.recipe.data.options
-        overlap: Mapping[str, float] = {**MIN_OVERLAP, **options.get("min_overlap", {})}
+        chosen = self.data_options
+        overlap: dict[str, float] = MIN_OVERLAP | dict(chosen.min_overlap)
         labels = [self.data.label(frame) for frame in self.data.test]
         found = [objects for _, objects in self.found(model, self.data.test)]
-        return kitti_scores(labels, found, self._classes, overlap, options.get("sampling", "exact"))
+        return kitti_scores(labels, found, self._classes, overlap, chosen.sampling)
 
     def found(self, model: nn.Module, frames: Sequence[str]) -> Iterator[tuple[Found, Objects]]:
         """Yield what the model, in eval mode, finds in each frame: in the lidar's frame, and in the benchmark's terms."""
@@ -139,11 +175,11 @@ class Points(Task):
     @cached_property
     def _anchors(self) -> PointPillars:
         """What loss and decoding ask of the model, apart from its (perhaps compiled) forward: anchors and classes."""
-        return build_points_model(self.recipe.model.name, self.recipe.model.options).to(self.device)
+        return build_points_model(self.recipe.model.name, vars(self.model_options)).to(self.device)
 
     @property
     def _classes(self) -> tuple[str, ...]:
-        return tuple(self.recipe.model.options.get("classes", MIN_OVERLAP))
+        return self.model_options.classes
 
 
 SHOWN = 0.3  # least score of a box that is drawn

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dualprune.errors import DualpruneError
 from dualprune.tasks.base import Batch, Task, evaluating
 from dualprune.tasks.classification.models import load_weights
-from dualprune.tasks.lanes.task import read_options
+from dualprune.tasks.options import read_options
 from dualprune.tasks.text import data as texts
 from dualprune.tasks.text.model import GPT
 
