@@ -146,8 +146,9 @@ def test_validation_holds_training_frames_out(folder):
     assert one.data.test[0].name not in {frame.name for frame in one.data.train}
 
 
-def test_lanes_that_are_not_trained_on_are_counted(folder):
+def test_lanes_that_are_not_trained_on_are_counted_and_said(folder, caplog):
     assert task(folder).data.notes() == "1 lanes too short or beyond the network's, not trained on"
+    assert "not trained on" in caplog.text
 
 
 def test_weights_of_the_authors_kind(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from dualprune.tasks.options import read_options
 if TYPE_CHECKING:
     from dualprune.recipe import OptimizerTable
 
+logger = logging.getLogger("dualprune")
 PICTURES = 4  # frames that are drawn
 _EVAL_BATCH = 16
 _MARKED, _PREDICTED = (60, 220, 90), (255, 70, 60)
@@ -111,13 +113,15 @@ class Lanes(Task):
 
     @cached_property
     def data(self) -> TuSimple:
-        """The labels; ``data.notes()`` says what is odd about them."""
+        """The labels; what is odd about them (``data.notes()``) is logged."""
         table, chosen = self.recipe.data, self.data_options
         options: dict[str, Any] = {key: getattr(chosen, key) for key in ("train", "test", "frame", "missing")}
         data = load_tusimple(table.name, table.root, **options)
         left_out = sum(self.grid.slots(frame.lanes, frame.heights)[1] for frame in data.train)
         if left_out:
             data.counts["lanes too short or beyond the network's, not trained on"] = left_out
+        if notes := data.notes():
+            logger.warning(f"{table.name}: {notes}")
         return data.hold_out(table.validation, self.recipe.seed) if self.split == "validation" else data
 
     def model(self, *, with_weights: bool = True) -> nn.Module:  # noqa: D102
