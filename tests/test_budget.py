@@ -3,11 +3,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from dualprune import DualpruneError, compression_rate
-from dualprune.budget import check_budget, erk_sparsities, resolve_sparsity
+from dualprune import SLR, DualpruneError, attach, compression_rate
+from dualprune.budget import check_budget, erk_sparsities, lamp_scores, resolve_sparsity
+from dualprune.problem import build_problem
 
 
 def test_rate_and_sparsity_are_two_words_for_one_thing() -> None:
@@ -44,7 +47,7 @@ def test_impossible_rates(rate: object, sparsity: object, message: str) -> None:
 
 def test_budget_names() -> None:
     assert [check_budget(name) for name in ("uniform", "erk", "global")] == ["uniform", "erk", "global"]
-    with pytest.raises(DualpruneError, match=r"one of uniform, erk, global; got 'globl', did you mean 'global'"):
+    with pytest.raises(DualpruneError, match=r"one of uniform, erk, global, lamp; got 'globl', did you mean 'global'"):
         check_budget("globl")
 
 
@@ -73,3 +76,42 @@ def test_erk_of_a_small_and_a_large_layer() -> None:
     assert erk_sparsities([(4, 4)], 0.25) == [0.25]
     assert erk_sparsities([(2, 2), (100, 100)], 0.5)[0] == 0.0, "a tiny layer stays dense"
     assert erk_sparsities([], 0.5) == []
+
+
+def test_lamp_scores_are_the_slow_twins_and_keep_the_order_of_magnitudes() -> None:
+    w = torch.tensor([[3.0, -1.0, 0.0], [2.0, 1.0, -3.0]])
+    # 3 and −3 tie: the first ranks higher, so that the second's share is of both
+    slow = [9 / 9, 1 / (9 + 9 + 4 + 1), 0.0, 4 / (9 + 9 + 4), 1 / (9 + 9 + 4 + 1 + 1), 9 / (9 + 9)]
+    assert lamp_scores(w).flatten().tolist() == pytest.approx(slow)
+    assert lamp_scores(torch.zeros(2, 2)).tolist() == [[0, 0], [0, 0]]
+    many = torch.randn(300)
+    assert torch.equal(lamp_scores(many).argsort(), many.abs().argsort())
+
+
+def test_lamp_keeps_the_asked_number_over_all_layers_and_empties_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 6), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)  # a threshold over magnitudes would leave nothing of it
+    problems = {b: build_problem(model, sparsity=0.98, ignore=(), budget=b) for b in ("global", "lamp")}
+    kept = {b: [int(m.sum()) for m in p.masks(p.weights)] for b, p in problems.items()}
+    assert kept["global"][1] == 0 and min(kept["lamp"]) > 0
+    assert sum(kept["lamp"]) == sum(kept["global"]) == 2318 - round(0.98 * 2318)
+    values = problems["lamp"].weights
+    scores = torch.cat([lamp_scores(v).flatten() for v in values])
+    threshold = scores.sort(descending=True).values[sum(kept["lamp"]) - 1]
+    for v, mask in zip(values, problems["lamp"].masks(values), strict=True):
+        assert torch.equal(mask, lamp_scores(v) >= threshold)
+
+
+def test_lamp_is_for_single_weights_and_is_part_of_a_state() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(DualpruneError, match=r"'lamp' ranks single weights of whole layers, 0\.weight is pruned by filter"):
+        build_problem(model, patterns={"*": "filter"}, sparsity=0.5, ignore=(), budget="lamp")
+    pruners = [
+        attach(model, torch.optim.SGD(model.parameters(), 0.1), SLR(), rate=4, ignore=(), budget=b, total_steps=50)
+        for b in ("lamp", "global")
+    ]
+    pruners[0].update()
+    with pytest.raises(DualpruneError, match="made with budget lamp, this pruner has global"):
+        pruners[1].load_state_dict(pruners[0].state_dict())

@@ -1,14 +1,17 @@
-"""How much each layer keeps: one rate for all (uniform), more for small layers (ERK), or one threshold for all (global)."""
+"""How much each layer keeps: one rate for all (uniform), more for small layers (ERK), one threshold for all (global, LAMP)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from dualprune.errors import DualpruneError, suggest
 from dualprune.patterns import Shape, check_sparsity
 
-BUDGETS = ("uniform", "erk", "global")
+BUDGETS = ("uniform", "erk", "global", "lamp")
 
 
 def check_budget(name: str) -> str:
@@ -53,3 +56,20 @@ def erk_sparsities(shapes: Sequence[Shape], sparsity: float) -> list[float]:
         if not over:
             return [0.0 if i in dense else 1 - raw[i] * scale for i in range(len(shapes))]
         dense |= over
+
+
+def lamp_scores(w: Tensor) -> Tensor:
+    """Return every weight's share w² / Σ v² in the energy of those that are not smaller (Lee et al. 2021, eq. 4).
+
+    The shares rank the weights of a layer as their magnitudes do, the first among equals highest. The largest weight of a
+    layer has share 1, so that one threshold over the layers leaves none of them empty.
+
+    Args:
+        w: one layer's weights, of any shape.
+
+    Returns:
+        float64, shaped like `w`; 0 where a weight is 0.
+    """
+    energies, order = w.detach().flatten().flip(0).double().square().sort(stable=True)
+    shares = energies / energies.flip(0).cumsum(0).flip(0).clamp_(min=torch.finfo(torch.float64).tiny)
+    return torch.empty_like(shares).index_copy_(0, order, shares).flip(0).view(w.shape)

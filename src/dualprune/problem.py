@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dualprune import sharded
-from dualprune.budget import check_budget, compression_rate, erk_sparsities, resolve_sparsity
+from dualprune.budget import check_budget, compression_rate, erk_sparsities, lamp_scores, resolve_sparsity
 from dualprune.distributed import count_nonzero, keep_largest, span
 from dualprune.errors import DualpruneError, suggest
 from dualprune.patterns import NM, KernelPattern, Pattern, Unstructured, check_sparsity, parse_pattern
@@ -49,6 +49,7 @@ class Problem:
     skipped: dict[str, str] = field(default_factory=dict)
     frozen: list[Tensor] | None = None  # per target, True = a zero that stays one
     ties: list[tuple[int, ...]] = field(default_factory=list)  # targets that share one mask over their units
+    budget: str = "uniform"
 
     @property
     def weights(self) -> list[Tensor]:
@@ -76,7 +77,11 @@ class Problem:
                 kept = head.pattern.kept(tuple(value.shape), head.sparsity * scale)
                 masks |= zip(group, _tied_masks(self._members(group, values), kept), strict=True)
         for (_, sparsity, _, _), groups in pools.items():
-            pooled = _pool_masks([self._members(group, values) for group in groups], sparsity * scale)
+            if self.budget == "lamp":
+                shares = [lamp_scores(values[i]) for group in groups for i in group]
+                pooled = _largest(shares, sparsity * scale)
+            else:
+                pooled = _pool_masks([self._members(group, values) for group in groups], sparsity * scale)
             masks |= zip((i for group in groups for i in group), pooled, strict=True)
         if self.frozen is not None:
             masks = {i: mask & ~self.frozen[i] for i, mask in masks.items()}
@@ -98,9 +103,9 @@ class Problem:
     def magnitude_pools(self, scale: float = 1.0) -> list[tuple[list[int], int]] | None:
         """Return the targets that share a threshold, and how many weights these keep; None where there is more to a mask.
 
-        There is with other patterns than `Unstructured`, ties, zeros that stay, grids, and weights cut up over ranks.
+        There is with other patterns than `Unstructured`, ties, zeros that stay, grids, LAMP, and weights cut up over ranks.
         """
-        special = self.frozen is not None or self.ties or any(t.bits is not None for t in self.targets)
+        special = self.frozen is not None or self.ties or self.budget == "lamp" or any(t.bits is not None for t in self.targets)
         plain = all(isinstance(t.pattern, Unstructured) and not hasattr(t.weight, "to_local") for t in self.targets)
         if special or not plain:
             return None
@@ -170,7 +175,7 @@ def build_problem(
             parameters of fewer than two dimensions are reached by their exact name only.
         ignore: globs of parameters to leave alone; None leaves the first and last layer and what is no layer's weight (norms,
             class tokens, position embeddings, bias tables), () none of them.
-        budget: "uniform", "erk" or "global"; a sparsity given in `patterns` is not touched by it.
+        budget: "uniform", "erk", "global" or "lamp"; a sparsity given in `patterns` is not touched by it.
         bits: 2 to 8 to end on a grid of so many bits as well: a number for all that is pruned, or globs over names → numbers,
             the first match decides. A weight that is only to be quantised is pruned at sparsity 0.
         trainable: the optimizer's parameters; others are left alone. None means all.
@@ -217,8 +222,10 @@ def build_problem(
         raise DualpruneError(
             f"bits: {_some(cut)} is cut up over ranks, and a grid needs all of a weight: quantise without shards"
         )
-    problem = Problem(_with_erk(targets, asked) if budget == "erk" else targets, skipped)
+    problem = Problem(_with_erk(targets, asked) if budget == "erk" else targets, skipped, budget=budget)
     problem.ties = _resolve_ties(problem, ties or (), homes)
+    if budget == "lamp":
+        _check_lamp(problem)
     if keep_zeros:
         problem.frozen = [w == 0 for w in problem.weights]
     return problem
@@ -297,12 +304,16 @@ def _spread(keep: Tensor, group: Sequence[Member]) -> list[Tensor]:
     return [sharded.spread(pattern, keep, v) for pattern, v in group]
 
 
+def _largest(values: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+    total = sum(v.numel() for v in values)
+    return keep_largest(values, total - round(sparsity * total))
+
+
 def _pool_masks(groups: Sequence[Sequence[Member]], sparsity: float) -> list[Tensor]:
     """Rank units of all layers together, by magnitude or, where units differ in size, by energy per weight."""
     pattern, values = groups[0][0][0], [v for group in groups for _, v in group]
     if isinstance(pattern, Unstructured):
-        total = sum(v.numel() for v in values)
-        return keep_largest(values, total - round(sparsity * total))
+        return _largest(values, sparsity)
     if isinstance(pattern, KernelPattern):
         return pattern.masks(values, sparsity, all_alive=True)
     size = [sum(p.weights_per_unit(tuple(v.shape)) for p, v in group) for group in groups]
@@ -338,6 +349,13 @@ def check_frozen(problem: Problem) -> None:
                 f"{names}: {there / total:.4f} of the weights are zero already and keep_zeros keeps them, but sparsity "
                 f"{1 - kept / total:.4f} is asked for: ask for more (it counts against the dense size), or leave keep_zeros out"
             )
+
+
+def _check_lamp(problem: Problem) -> None:
+    for t in problem.targets:
+        if t.pooled and (not isinstance(t.pattern, Unstructured) or span(t.weight)):
+            what = "cut up over ranks" if span(t.weight) else f"pruned by {t.pattern}"
+            raise DualpruneError(f"budget 'lamp' ranks single weights of whole layers, {t.name} is {what}: take 'global'")
 
 
 def _resolve_ties(problem: Problem, ties: Iterable[Iterable[str]], homes: Mapping[str, str]) -> list[tuple[int, ...]]:

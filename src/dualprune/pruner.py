@@ -67,7 +67,8 @@ def attach(
         patterns: globs over parameter names → "2:4", Filter(), 0.9 or (pattern, sparsity); the first match decides.
         ignore: globs left alone; None leaves the first and last layer and what is no layer's weight, such as position
             embeddings (and says so); () prunes every parameter of two or more dimensions.
-        budget: how `rate` spreads over layers: "uniform", "erk" or "global" (one threshold for all).
+        budget: how `rate` spreads over layers: "uniform", "erk", "global" (one threshold for all) or "lamp" (one threshold
+            over shares of a layer's energy, which empties no layer).
         bits: 2 to 8 for weights that end on a grid of so many bits as well (docs/quantisation.md): a number for all that is
             pruned, or globs → numbers. Held weights follow the steps from level to level; after finish() they stay.
         every: optimizer steps between updates of multipliers or masks; None takes the method's own.
@@ -419,6 +420,7 @@ class Pruner:
             "scalars": self.solver.scalars, "loss_count": self._loss_count, "history": self.history,
             "targets": self._described_targets, "scales": {name: held.scale for name, held in self._grids.items()},
             "keep_zeros": self.problem.frozen is not None, "ties": self.problem.tied_names, "pooled": self._pooled,
+            "budget": self.problem.budget,
         }  # fmt: skip
         loss_sum = torch.as_tensor(self._loss_sum, dtype=torch.float32).detach().cpu().clone()
         state["loss_sum"] = distributed.per_rank(loss_sum, self.problem.weights)
@@ -593,11 +595,12 @@ class Pruner:
                 f"this state is of another pruning problem: {odd} is {theirs.get(odd, 'absent')} in the state "
                 f"and {mine.get(odd, 'absent')} here. Attach with the same model, patterns, rate, bits and ignore"
             )
-        meta = {"keep_zeros": False, "ties": [], "pooled": self._pooled} | dict(meta)  # what older states do not have
+        young = {"pooled": self._pooled, "budget": self.problem.budget}
+        meta = {"keep_zeros": False, "ties": []} | young | dict(meta)  # what older states do not have
         for what, here in (
             ("method", repr(self.method)), ("every", self.every), ("total_steps", self.total_steps),
             ("keep_zeros", self.problem.frozen is not None), ("ties", self.problem.tied_names),
-            ("pooled", self._pooled),
+            ("pooled", self._pooled), ("budget", self.problem.budget),
         ):  # fmt: skip
             if meta[what] != here:
                 raise DualpruneError(

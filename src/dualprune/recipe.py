@@ -266,7 +266,7 @@ class PruneTable(_Table):
 
     rate: float | None = None
     sparsity: float | None = None
-    budget: Literal["uniform", "erk", "global"] = "uniform"
+    budget: Literal["uniform", "erk", "global", "lamp"] = "uniform"
     patterns: dict[str, LayerTable] = {}
     ignore: list[str] | None = None
     keep_zeros: bool = False

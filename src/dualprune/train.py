@@ -135,7 +135,7 @@ def dry_run(recipe: Recipe, label: str) -> str:
     except DataNotFoundError as error:
         note = f"\n(the model has its own sizes: {error})"
     stood_in = recipe.dense is not None or (recipe.model.pretrained and recipe.model.weights is None)
-    if stood_in and recipe.prune.budget == "global":
+    if stood_in and recipe.prune.budget in ("global", "lamp"):
         what = "[dense] trains" if recipe.dense is not None else "pretrained = true loads"
         note += f"\n(a global budget follows the weights, and these are not those that {what}: a run shares it otherwise)"
     model = task.model(with_weights=recipe.model.weights is not None)
