@@ -96,7 +96,8 @@ def slr_update(
     z_change, flips, inner_z, square_z = replace_(Z, V, project(V))  # eq. 10
 
     after = math.sqrt(square_z)
-    condition_z = inner_z + rho / 2 * square_z < inner + rho / 2 * square  # eq. 11
+    # eq. 11; both sides are one number where Z stays where it is, and then rounding must not decide
+    condition_z = z_change > 0 and inner_z + rho / 2 * square_z < inner + rho / 2 * square
     if condition_z:
         s = step(after)  # eq. 13
         ascend_(lam, s, W, Z)  # eq. 12
