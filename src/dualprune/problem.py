@@ -16,6 +16,7 @@ from dualprune import sharded
 from dualprune.budget import check_budget, compression_rate, erk_sparsities, lamp_scores, resolve_sparsity
 from dualprune.distributed import count_nonzero, keep_largest, span
 from dualprune.errors import DualpruneError, suggest
+from dualprune.importance import SecondMoment
 from dualprune.patterns import NM, KernelPattern, Pattern, Unstructured, check_sparsity, parse_pattern
 from dualprune.quantise import check_bits, snap
 
@@ -50,6 +51,7 @@ class Problem:
     frozen: list[Tensor] | None = None  # per target, True = a zero that stays one
     ties: list[tuple[int, ...]] = field(default_factory=list)  # targets that share one mask over their units
     budget: str = "uniform"
+    importance: SecondMoment | None = None  # what magnitudes are multiplied by before they are ranked
 
     @property
     def weights(self) -> list[Tensor]:
@@ -63,6 +65,8 @@ class Problem:
 
     def masks(self, values: Sequence[Tensor], scale: float = 1.0) -> list[Tensor]:
         """Return the masks (True = keep) of the projection of `values` onto the sets, at `scale` times the final sparsity."""
+        if self.importance is not None:
+            values = self.importance.weigh([t.weight for t in self.targets], values)
         if self.frozen is not None:
             values = [v.masked_fill(f, 0) for v, f in zip(values, self.frozen, strict=True)]
         masks: dict[int, Tensor] = {}
@@ -103,9 +107,11 @@ class Problem:
     def magnitude_pools(self, scale: float = 1.0) -> list[tuple[list[int], int]] | None:
         """Return the targets that share a threshold, and how many weights these keep; None where there is more to a mask.
 
-        There is with other patterns than `Unstructured`, ties, zeros that stay, grids, LAMP, and weights cut up over ranks.
+        There is with other patterns than `Unstructured`, ties, zeros that stay, grids, LAMP, importance, and weights cut up
+        over ranks.
         """
-        special = self.frozen is not None or self.ties or self.budget == "lamp" or any(t.bits is not None for t in self.targets)
+        special = self.frozen is not None or self.ties or self.budget == "lamp" or self.importance is not None
+        special = special or any(t.bits is not None for t in self.targets)
         plain = all(isinstance(t.pattern, Unstructured) and not hasattr(t.weight, "to_local") for t in self.targets)
         if special or not plain:
             return None

@@ -21,6 +21,7 @@ from dualprune.budget import compression_rate
 from dualprune.distributed import count_nonzero, local
 from dualprune.errors import DualpruneError, NonFiniteError
 from dualprune.finish import batch_norm_restored, cut_, recalibrate_batch_norm
+from dualprune.importance import SecondMoment, check_importance
 from dualprune.patterns import KernelPattern
 from dualprune.problem import Problem, Rule, build_problem, check_frozen, parameter_name
 from dualprune.quantise import Held, fit_scale, snap
@@ -46,6 +47,7 @@ def attach(
     patterns: Mapping[str, Rule] | None = None,
     ignore: Iterable[str] | None = None,
     budget: str = "uniform",
+    importance: str = "magnitude",
     bits: int | Mapping[str, int] | None = None,
     every: int | None = None,
     total_steps: int | None = None,
@@ -69,6 +71,8 @@ def attach(
             embeddings (and says so); () prunes every parameter of two or more dimensions.
         budget: how `rate` spreads over layers: "uniform", "erk", "global" (one threshold for all) or "lamp" (one threshold
             over shares of a layer's energy, which empties no layer).
+        importance: what ranks the weights: "magnitude", or "second-moment" for √v·|w| with the second moments v of Adam, AdamW
+            or RMSprop (ELSA, Lee et al. 2025), read from the optimizer's state.
         bits: 2 to 8 for weights that end on a grid of so many bits as well (docs/quantisation.md): a number for all that is
             pruned, or globs → numbers. Held weights follow the steps from level to level; after finish() they stay.
         every: optimizer steps between updates of multipliers or masks; None takes the method's own.
@@ -97,6 +101,7 @@ def attach(
     if optimizer is not None:
         optimizer = _innermost(optimizer)
         _check_optimizer(optimizer, method)
+    moments = SecondMoment(optimizer) if check_importance(importance) == "second-moment" else None
     total_steps = _check_steps("total_steps", total_steps)
     if method.needs_total_steps and total_steps is None:
         raise DualpruneError(f"{type(method).__name__} moves with the run: pass total_steps=epochs * len(loader)")
@@ -107,6 +112,7 @@ def attach(
         model, rate=rate, sparsity=sparsity, patterns=patterns, ignore=ignore, budget=budget, bits=bits, trainable=trainable,
         keep_zeros=keep_zeros, ties=ties,
     )  # fmt: skip
+    problem.importance = moments
     cut = [t.name for t in problem.targets if distributed.span(t.weight)]
     if cut and not isinstance(method, SLR | ADMM | GradualMagnitude | Magnitude):
         raise DualpruneError(f"{type(method).__name__} needs whole weights, {cut[0]} is cut up over ranks: use SLR(), or DDP")
@@ -327,6 +333,8 @@ class Pruner:
             raise DualpruneError(
                 f"the optimizer lacks pruned parameters: {', '.join(missing[:4])}; give it those of this model"
             )
+        if self.problem.importance is not None:
+            self.problem.importance = SecondMoment(optimizer)
         self.detach()
         self.optimizer = optimizer
         self._hook(optimizer)
@@ -420,7 +428,7 @@ class Pruner:
             "scalars": self.solver.scalars, "loss_count": self._loss_count, "history": self.history,
             "targets": self._described_targets, "scales": {name: held.scale for name, held in self._grids.items()},
             "keep_zeros": self.problem.frozen is not None, "ties": self.problem.tied_names, "pooled": self._pooled,
-            "budget": self.problem.budget,
+            "budget": self.problem.budget, "importance": self._importance,
         }  # fmt: skip
         loss_sum = torch.as_tensor(self._loss_sum, dtype=torch.float32).detach().cpu().clone()
         state["loss_sum"] = distributed.per_rank(loss_sum, self.problem.weights)
@@ -586,6 +594,10 @@ class Pruner:
     def _pooled(self) -> list[str]:
         return [t.name for t in self.problem.targets if t.pooled]
 
+    @property
+    def _importance(self) -> str:
+        return "magnitude" if self.problem.importance is None else "second-moment"
+
     def _check_same_run(self, meta: Mapping[str, Any]) -> None:
         mine = self._described_targets
         theirs = meta["targets"]
@@ -596,11 +608,12 @@ class Pruner:
                 f"and {mine.get(odd, 'absent')} here. Attach with the same model, patterns, rate, bits and ignore"
             )
         young = {"pooled": self._pooled, "budget": self.problem.budget}
-        meta = {"keep_zeros": False, "ties": []} | young | dict(meta)  # what older states do not have
+        # what older states do not have
+        meta = {"keep_zeros": False, "ties": [], "importance": "magnitude"} | young | dict(meta)
         for what, here in (
             ("method", repr(self.method)), ("every", self.every), ("total_steps", self.total_steps),
             ("keep_zeros", self.problem.frozen is not None), ("ties", self.problem.tied_names),
-            ("pooled", self._pooled), ("budget", self.problem.budget),
+            ("pooled", self._pooled), ("budget", self.problem.budget), ("importance", self._importance),
         ):  # fmt: skip
             if meta[what] != here:
                 raise DualpruneError(

@@ -267,6 +267,7 @@ class PruneTable(_Table):
     rate: float | None = None
     sparsity: float | None = None
     budget: Literal["uniform", "erk", "global", "lamp"] = "uniform"
+    importance: Literal["magnitude", "second-moment"] = "magnitude"
     patterns: dict[str, LayerTable] = {}
     ignore: list[str] | None = None
     keep_zeros: bool = False
@@ -511,6 +512,8 @@ class Recipe(_Table):
         for home, key in young:
             if not home[key]:
                 del home[key]
+        if prune["importance"] == "magnitude":
+            del prune["importance"]
         return table
 
     def fingerprint(self, label: str, seed: int, split: str) -> str:

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dualprune import SLR, DualpruneError, GradualMagnitude, Magnitude, attach
+from dualprune.solvers.base import Method
+from helpers import tiny_net, train
+
+
+def adam(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), 2e-3)
+
+
+def kept_by_hand(model: nn.Module, optimizer: Optimizer, names: list[str], kept: int) -> dict[str, torch.Tensor]:
+    weights = dict(model.named_parameters())
+    scores = {n: (weights[n].detach() ** 2 * optimizer.state[weights[n]]["exp_avg_sq"]).double() for n in names}
+    threshold = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values[kept - 1]
+    return {n: s >= threshold for n, s in scores.items()}
+
+
+def test_the_mask_keeps_the_largest_v_times_w_squared_over_all_layers() -> None:
+    model = tiny_net()
+    optimizer = adam(model)
+    pruner = attach(
+        model, optimizer, SLR(), sparsity=0.8, budget="global", ignore=(), importance="second-moment", total_steps=60, every=10
+    )
+    train(model, optimizer, range(25), pruner)
+    masks = pruner.masks
+    kept = sum(int(m.sum()) for m in masks.values())
+    expected = kept_by_hand(model, optimizer, list(masks), kept)
+    assert all(torch.equal(masks[n], expected[n]) for n in masks)
+    plain = {n: p.detach().abs() for n, p in model.named_parameters() if n in masks}
+    threshold = torch.cat([p.flatten() for p in plain.values()]).sort(descending=True).values[kept - 1]
+    assert any(not torch.equal(masks[n], plain[n] >= threshold) for n in masks)  # magnitude would keep others
+
+
+@pytest.mark.parametrize("pattern", ["filter", "2:4", ("block:4x4", 0.5)])
+def test_groups_are_ranked_by_the_sum_of_v_times_w_squared(pattern: object) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    optimizer = adam(model)
+    rules = {"1.weight": pattern if isinstance(pattern, tuple) or pattern == "2:4" else (pattern, 0.5)}
+    pruner = attach(model, optimizer, GradualMagnitude(), patterns=rules, importance="second-moment", total_steps=9, every=1)
+    for step in range(3):
+        model(torch.randn(16, 8, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pruner.problem.importance, moments = None, pruner.problem.importance
+    weight = model[1].weight
+    score = optimizer.state[weight]["exp_avg_sq"].sqrt() * weight.detach()
+    by_hand = pruner.problem.targets[0].pattern.mask(score, 0.5)
+    pruner.problem.importance = moments
+    assert torch.equal(pruner.masks["1.weight"], by_hand)
+
+
+def test_weights_on_their_support_keep_their_values() -> None:
+    model = tiny_net()
+    optimizer = adam(model)
+    pruner = attach(model, optimizer, SLR(), rate=4, importance="second-moment", total_steps=40, every=5)
+    train(model, optimizer, range(20), pruner)
+    before = {t.name: t.weight.detach().clone() for t in pruner.problem.targets}
+    masks = pruner.masks
+    pruner.finish()
+    for target in pruner.problem.targets:
+        assert torch.equal(target.weight.detach(), before[target.name] * masks[target.name])
+    assert sum(row["kept"] for row in pruner.layers) == sum(int(m.sum()) for m in masks.values())
+
+
+def test_magnitude_decides_before_the_first_step() -> None:
+    twins = [tiny_net(), tiny_net()]
+    masks = [
+        attach(model, adam(model), Magnitude(), rate=3, importance=importance).masks
+        for model, importance in zip(twins, ("magnitude", "second-moment"), strict=True)
+    ]
+    assert all(torch.equal(masks[0][n], masks[1][n]) for n in masks[0])
+
+
+def test_a_killed_run_goes_on_with_the_same_bits() -> None:
+    def started() -> tuple[nn.Module, Optimizer, object]:
+        model = tiny_net()
+        optimizer = adam(model)
+        pruner = attach(model, optimizer, SLR(), rate=5, importance="second-moment", total_steps=40, every=4)
+        return model, optimizer, pruner
+
+    model, optimizer, pruner = started()
+    train(model, optimizer, range(18), pruner)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), pruner.state_dict()])
+    train(model, optimizer, range(18, 40), pruner)
+    again, other, resumed = started()
+    for thing, state in zip((again, other, resumed), saved, strict=True):
+        thing.load_state_dict(state)
+    train(again, other, range(18, 40), resumed)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_state_of_another_importance_is_refused() -> None:
+    first, second = tiny_net(), tiny_net()
+    state = attach(first, adam(first), SLR(), rate=5, importance="second-moment", total_steps=9).state_dict()
+    plain = attach(second, adam(second), SLR(), rate=5, total_steps=9)
+    with pytest.raises(DualpruneError, match="importance second-moment, this pruner has magnitude"):
+        plain.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("make", "name"), [(torch.optim.SGD, "SGD"), (torch.optim.Rprop, "Rprop")])
+def test_an_optimizer_without_second_moments_is_refused(make: type[Optimizer], name: str) -> None:
+    model = tiny_net()
+    with pytest.raises(DualpruneError, match=f"Adam, AdamW or RMSprop keep, got {name}"):
+        attach(model, make(model.parameters(), 0.1), SLR(), rate=5, importance="second-moment", total_steps=9)
+
+
+def test_so_is_one_that_keeps_them_under_another_name() -> None:
+    model = tiny_net()
+    optimizer = torch.optim.Adamax(model.parameters(), 0.01)  # a maximum in place of the mean
+    pruner = attach(model, optimizer, SLR(), rate=5, importance="second-moment", total_steps=9, every=1)
+    with pytest.raises(DualpruneError, match="got Adamax"):
+        train(model, optimizer, range(1), pruner)
+
+
+@pytest.mark.parametrize("method", [Magnitude(), SLR()])
+def test_an_unknown_importance_is_refused_with_a_suggestion(method: Method) -> None:
+    model = tiny_net()
+    with pytest.raises(DualpruneError, match="did you mean 'second-moment'"):
+        attach(model, adam(model), method, rate=5, importance="second-momentum", total_steps=9)
+
+
+def test_no_optimizer_has_no_second_moments() -> None:
+    with pytest.raises(DualpruneError, match="got no optimizer"):
+        attach(tiny_net(), None, Magnitude(), rate=5, importance="second-moment")
