@@ -38,7 +38,7 @@ docs: venv
 	$(BIN)/mkdocs build --strict
 
 bench: venv
-	@for script in $(filter-out benchmarks/publish.py benchmarks/draw_patterns.py benchmarks/layerwise.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in $(filter-out benchmarks/publish.py benchmarks/figures.py benchmarks/draw_patterns.py benchmarks/layerwise.py benchmarks/loaders.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean:
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
