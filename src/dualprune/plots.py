@@ -138,6 +138,88 @@ def accuracy_after_cutting(
 
 
 @rc_context(_RC)
+def curves(
+    panels: Mapping[str, Runs], *, metric: str = "accuracy", dense: Mapping[str, float] | None = None, ramp: bool = False
+) -> Figure:
+    """Accuracy of the cut model by epoch, one panel a title (Fig. 1 to 4 and 8 of the paper), from epoch rows.
+
+    Args:
+        panels: epoch rows with ``epoch`` and ``accuracy_cut``, by title and label.
+        metric: what the number is, with its unit.
+        dense: the number before pruning by title, drawn as a level.
+        ramp: the labels of a panel are values of one constant: shades of one colour in their order, named in the panel.
+    """
+    figure, grid = _grid(tuple(panels))
+    for axes, (title, runs) in zip(grid, panels.items(), strict=True):
+        for place, (label, seeds) in enumerate(runs.items()):
+            _line(axes, label, seeds, "epoch", "accuracy_cut", marker="o", look=_shade(place, len(runs)) if ramp else None)
+        if dense and title in dense:
+            axes.axhline(dense[title], color=INK, linewidth=1, linestyle=(0, (6, 3)), label="dense")
+        if ramp:
+            axes.legend(frameon=False, loc="lower right")
+    _label_outer(grid, "epoch", f"{metric}, after cutting")
+    return figure if ramp else _shared_legend(figure, grid)
+
+
+@rc_context(_RC)
+def by_rate(
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    *,
+    metric: str = "accuracy",
+    paper: Mapping[str, Mapping[str, Mapping[float, float]]] | None = None,
+) -> Figure:
+    """A metric by compression rate, one panel a title (Fig. 5 and 7 of the paper).
+
+    Args:
+        panels: the metric of each seed by title, label and rate; a line goes through the means.
+        metric: what the number is, with its unit.
+        paper: published numbers by title, label and rate, drawn thin and dotted in the label's colour.
+    """
+    figure, grid = _grid(tuple(panels))
+    for axes, (title, labels) in zip(grid, panels.items(), strict=True):
+        for label, at in labels.items():
+            _line(
+                axes,
+                label,
+                [[{"rate": x, "value": y} for x, values in at.items() for y in values]],
+                "rate",
+                "value",
+                marker="o",
+            )
+        for label, at_paper in (paper or {}).get(title, {}).items():
+            look = {"color": style(label)["color"], "linestyle": (0, (1, 2)), "linewidth": 1.2, "marker": "x"}
+            axes.plot(sorted(at_paper), [at_paper[rate] for rate in sorted(at_paper)], label=f"paper, {label}", **look)
+        rates = sorted({rate for at in labels.values() for rate in at})
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(
+            rates, [f"{round(rate, 2):g}×" for rate in rates], rotation=45 if len(rates) > 4 or len(panels) > 1 else 0
+        )
+    _label_outer(grid, "compression rate", metric)
+    return _shared_legend(figure, grid)
+
+
+@rc_context(_RC)
+def weight_maps(maps: Mapping[str, np.ndarray], *, name: str = "") -> Figure:
+    """One layer's weights, an image a title on a common scale (Fig. 6 of the paper); colours as in `heat_maps`.
+
+    Args:
+        maps: 2-D arrays of one shape by title, such as ``dense``, ``slr`` and ``admm``.
+        name: the layer's, put above.
+    """
+    figure = Figure(figsize=(_WIDTH, 0.8 + _WIDTH / max(len(maps), 2)), layout="constrained")
+    top = max(float(np.quantile(np.abs(values), 0.995)) for values in maps.values()) or 1.0
+    for axes, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False).flat, maps.items(), strict=True):
+        axes.imshow(_rgba(values / top), aspect="auto", interpolation="none")
+        axes.set_title(f"{title}: {float(np.mean(values == 0)):.1%} zero")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, linewidth=0.5)
+    if name:
+        figure.suptitle(name, fontsize=9)
+    return figure
+
+
+@rc_context(_RC)
 def violation(runs: Runs) -> Figure:
     """‖W − Z‖ after each update and ‖Zᵏ − Zᵏ⁻¹‖ by optimizer step, on log axes, from history rows."""
     return _by_step(runs, {"violation": "‖W − Z‖", "z_change": "‖Zᵏ − Zᵏ⁻¹‖"}, log=True)
@@ -283,8 +365,53 @@ def _panels(*titles: str, height: float = 2.9, side: bool = False) -> tuple[Figu
     return figure, panels
 
 
+def _grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """Panels in rows of up to three; names that are long for a third of the width are in rows of two."""
+    across = min(len(titles), 3 if max(map(len, titles), default=0) <= 26 else 2)
+    down = -(-len(titles) // max(across, 1))
+    figure = Figure(figsize=(_WIDTH, 0.5 + 2.4 * down), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for spare in panels[len(titles) :]:
+        spare.remove()
+    for axes, title in zip(panels, titles, strict=False):
+        axes.set_title(title)
+        axes.grid(color=INK, alpha=0.18, linewidth=0.6)
+        axes.tick_params(length=2.5)
+    return figure, panels[: len(titles)]
+
+
+def _label_outer(panels: Sequence[Axes], below: str, beside: str) -> None:
+    """Name the axes where nothing else stands between the name and the figure's border."""
+    for axes in panels:
+        place = axes.get_subplotspec()
+        if place is None or place.is_first_col():
+            axes.set_ylabel(beside)
+        axes.set_xlabel(below)
+        if axes.get_xscale() == "linear":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+
+def _shared_legend(figure: Figure, panels: Sequence[Axes]) -> Figure:
+    """One legend above all panels, each label once."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in found}
+    names = sorted(found, key=lambda label: label == "dense")  # the level last
+    return _above(figure, [found[name] for name in names], names)
+
+
+def _shade(place: int, count: int) -> dict[str, Any]:
+    """The `place`-th of `count` shades of blue, and dashes that differ between neighbours."""
+    light, dark = np.array([0.55, 0.76, 0.93]), np.array([0.08, 0.36, 0.66])  # both readable on white and on black
+    return {"color": tuple(light + (dark - light) * place / max(count - 1, 1)), "linestyle": _MORE_DASHES[place % 3]}
+
+
 def _legend(figure: Figure, axes: Axes) -> Figure:
-    handles, labels = axes.get_legend_handles_labels()
+    return _above(figure, *axes.get_legend_handles_labels())
+
+
+def _above(figure: Figure, handles: list[Any], labels: list[str]) -> Figure:
     if len(handles) > 1:  # one line alone is named by the page
         one_row = sum(len(label) + 7 for label in labels) < 90  # letters in the width
         columns = len(labels) if one_row else max(1, 90 // (max(map(len, labels)) + 8))
@@ -322,6 +449,7 @@ def _line(
     positive: bool = False,
     scale: float = 1.0,
     marker: str = "",
+    look: Mapping[str, Any] | None = None,
 ) -> None:
     at: dict[float, list[float]] = defaultdict(list)
     for row in (row for rows in seeds for row in rows):
@@ -335,7 +463,7 @@ def _line(
     elif len(points) == 1:
         marker = "o"
     means = [fmean(at[point]) for point in points]
-    look = style(label)
+    look = look or style(label)
     # the first label on top, and dashes above solid lines, so that equal curves show
     order = 2.5 + 0.3 * (look["linestyle"] != "-") - 0.01 * len(axes.lines)
     axes.plot(points, means, label=label, marker=marker, zorder=order, **look)
