@@ -24,6 +24,9 @@ from typing import Any
 
 from dualprune import plots
 from dualprune.files import write_json, write_text
+from dualprune.recipe import load_recipe
+from dualprune.tasks import build_task
+from dualprune.train import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 PER_RUN = [
@@ -70,9 +73,10 @@ def main() -> None:
     parser.add_argument("--table", metavar="NAME", help="put all folders into one table, at this marker of docs/results.md")
     parser.add_argument("--sizes", action="store_true", help="with stored bytes, bits and weights kept")
     parser.add_argument("--weights", metavar="LABEL", help="copy this method's weights (first seed); slr for a recipe alone")
+    parser.add_argument("--also", nargs=2, metavar=("TITLE", "KEY=VALUE"), help="measure the weights with this setting too")
     given = parser.parse_args()
     if given.table:
-        publish_table(given.table, given.folders, sizes=given.sizes, weights=given.weights)
+        publish_table(given.table, given.folders, sizes=given.sizes, weights=given.weights, also=given.also)
     else:
         for folder in given.folders:
             publish(folder, sizes=given.sizes, weights=given.weights or "slr")
@@ -95,8 +99,13 @@ def publish(folder: Path, *, sizes: bool = False, weights: str = "slr") -> None:
     print(f"wrote {target.relative_to(ROOT)}")
 
 
-def publish_table(name: str, folders: Sequence[Path], *, sizes: bool = False, weights: str | None = None) -> None:
-    """Publish several recipes' runs as one table; its JSON has the epochs' curves and no histories."""
+def publish_table(
+    name: str, folders: Sequence[Path], *, sizes: bool = False, weights: str | None = None, also: Sequence[str] = ()
+) -> None:
+    """Publish several recipes' runs as one table; its JSON has the epochs' curves and no histories.
+
+    `also` is a title and an override of the recipe, with which all weights are measured once more.
+    """
     names = [folder.name for folder in folders]
     if twice := sorted({one for one in names if names.count(one) > 1}):
         raise SystemExit(f"--table {name}: {', '.join(twice)} given more than once; a recipe has one folder of runs")
@@ -104,6 +113,8 @@ def publish_table(name: str, folders: Sequence[Path], *, sizes: bool = False, we
     empty, recipes = [r.name for r in recipes if not r.runs], [r for r in recipes if r.runs]
     if not recipes:
         raise SystemExit(f"--table {name}: no finished run on the test split in {', '.join(map(str, folders))}")
+    for recipe in recipes if also else []:
+        measure_also(recipe, *also)
     table = markdown(recipes, sizes=sizes)
     if "*" in table:
         table += f"\n\\* chosen on held-out training images; grids and scores are in `results/{name}.json`.\n"
@@ -180,6 +191,20 @@ def read_run(place: Path) -> Run:
         values = {when: result[when] for when in ("dense", "cut", "retrained") if result.get(when) is not None}
         run["metrics"] = {when: {headline(run): value} for when, value in values.items()}
     return run
+
+
+def measure_also(recipe: RecipeRuns, title: str, override: str) -> None:
+    """Measure the dense and the pruned weights of all runs with a setting changed, such as the data; adds metrics `title …`."""
+    dense: dict[str, float] = {}
+    for run in recipe.runs:
+        place = recipe.folder / f"{run['label']}-seed{run['seed']}"
+        changed = load_recipe(place / "recipe.toml", [override])
+        if not dense:
+            task = build_task(changed)
+            dense = task.measure(task.model())
+        when = "cut" if run["retrained"] is None else "retrained"
+        for stage, found in (("dense", dense), (when, evaluate(changed, place / "pruned.safetensors")["metrics"])):
+            run["metrics"][stage] |= {f"{title}: {metric}": round(value, 4) for metric, value in found.items()}
 
 
 def headline(run: Run) -> str:

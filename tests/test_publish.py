@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from dualprune.files import write_json, write_jsonl, write_text
+from dualprune.recipe import load_recipe
+from dualprune.train import run
+from helpers import TINY_RECIPE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -172,3 +175,14 @@ def test_what_cannot_be_published_says_why(publish: Any, tmp_path: Path) -> None
         publish.publish_table("u", [tmp_path / "runs/net"])
     with pytest.raises(SystemExit, match="is no folder"):
         publish.publish_table("t", [tmp_path / "runs/nte"])
+
+
+def test_weights_are_measured_again_with_a_setting_changed(publish: Any, tmp_path: Path) -> None:
+    write_text(tmp_path / "tiny.toml", TINY_RECIPE)
+    run(load_recipe(tmp_path / "tiny.toml"), "slr", out=tmp_path / "runs")
+    folder = next((tmp_path / "runs").iterdir())
+    publish.publish_table("t", [folder], also=("again", "training.lr=0.5"))
+    dense, pruned = table(shown(tmp_path))
+    for row in (dense, pruned):  # a learning rate changes nothing about a measurement
+        assert row["after cutting: again: top-1 %"] == row["after cutting: top-1 %"]
+    assert dense["after cutting: top-1 %"] != pruned["after cutting: top-1 %"]
