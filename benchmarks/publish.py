@@ -199,6 +199,8 @@ def measure_also(recipe: RecipeRuns, title: str, override: str) -> None:
     for run in recipe.runs:
         place = recipe.folder / f"{run['label']}-seed{run['seed']}"
         changed = load_recipe(place / "recipe.toml", [override])
+        if changed.dense is not None:
+            raise SystemExit(f"--also measures published weights; those of {recipe.name} are trained by [dense]")
         if not dense:
             task = build_task(changed)
             dense = task.measure(task.model())
@@ -225,7 +227,9 @@ class Row:
 
     def values(self, when: str, metric: str) -> list[float]:
         """The runs' values of a metric "cut" or "retrained"; a dense row has its own in place of those after cutting."""
-        found = (run["metrics"].get("dense" if self.label is None and when == "cut" else when, {}) for run in self.runs)
+        if self.label is None and when != "cut":
+            return []
+        found = (run["metrics"].get("dense" if self.label is None else when, {}) for run in self.runs)
         return [metrics[metric] for metrics in found if metrics.get(metric) is not None]
 
     def paper(self, when: str, metric: str) -> float | None:
@@ -307,13 +311,14 @@ def columns(recipes: Sequence[RecipeRuns], rows: Sequence[Row], *, sizes: bool) 
 
 
 def metrics_shown(rows: Sequence[Row], when: str) -> list[str]:
-    """The metrics of a table, of KITTI's twelve the 3D ones; after retraining, the first one and those that a paper has."""
+    """The metrics of a table, of KITTI's twelve the 3D ones; after retraining, the first one and those that a paper
+    or `--also` has."""
     found = dict.fromkeys(metric for row in rows for run in row.runs for metric in run["metrics"].get(when, {}))
     named = [metric for metric in found if not re.match(r"BEV|2D|.*mAP11$", metric)]
     if when == "cut":
         return named
     first = {headline(run) for row in rows for run in row.runs}
-    return [m for m in named if m in first or any(row.paper(when, m) is not None for row in rows)]
+    return [m for m in named if m in first or ": " in m or any(row.paper(when, m) is not None for row in rows)]
 
 
 def title_of(metric: str) -> str:

@@ -119,6 +119,7 @@ def test_the_paper_stands_beside_ours_also_where_we_have_nothing(publish: Any, t
     publish.publish_table("t", [tmp_path / "runs/points-9x"])
     dense, slr, missing = table(shown(tmp_path))
     assert "recipe" not in dense and dense["after cutting: 3D easy mAP %"] == "70.00 (paper: 80.7)"
+    assert dense["retrained: 3D easy mAP %"] == "–"
     assert slr["after cutting: 3D moderate mAP %"] == "60.00"  # the paper's is slr-paper's
     assert slr["after cutting: 3D hard mAP %"] == "50.00 (paper: 46.1)"
     assert slr["retrained: 3D moderate mAP %"] == "60.00 (paper: 75.8)"
@@ -186,3 +187,20 @@ def test_weights_are_measured_again_with_a_setting_changed(publish: Any, tmp_pat
     for row in (dense, pruned):  # a learning rate changes nothing about a measurement
         assert row["after cutting: again: top-1 %"] == row["after cutting: top-1 %"]
     assert dense["after cutting: top-1 %"] != pruned["after cutting: top-1 %"]
+
+
+def test_what_was_measured_again_stays_in_the_table_after_retraining(publish: Any, tmp_path: Path) -> None:
+    write_text(tmp_path / "tiny.toml", TINY_RECIPE)
+    recipe = load_recipe(tmp_path / "tiny.toml", ["prune.retrain_epochs=1"])
+    run(recipe, "slr", out=tmp_path / "runs")
+    publish.publish_table("t", [tmp_path / "runs" / recipe.name], also=("again", "training.lr=0.5"))
+    _, pruned = table(shown(tmp_path))
+    assert pruned["retrained: again: top-1 %"] == pruned["retrained: top-1 %"]
+
+
+def test_a_dense_model_that_a_run_trained_is_not_measured_again_at_its_start(publish: Any, tmp_path: Path) -> None:
+    write_text(tmp_path / "tiny.toml", TINY_RECIPE + "\n[dense]\nepochs = 1\nlr = 0.1\n")
+    recipe = load_recipe(tmp_path / "tiny.toml")
+    run(recipe, "slr", out=tmp_path / "runs")
+    with pytest.raises(SystemExit, match=r"trained by \[dense\]"):
+        publish.publish_table("t", [tmp_path / "runs" / recipe.name], also=("again", "training.lr=0.5"))
