@@ -283,8 +283,8 @@ def ranked(recipes: Sequence[RecipeRuns]) -> Iterator[Row]:
 
 
 def family(name: str) -> str:
-    """A recipe's name without its rate and bits, in which alone the recipes of one family differ."""
-    return re.sub(r"-[\d.]+(x|bit)(?=-|$)", "", name)
+    """A recipe's name without its rate, sparsity and bits, in which alone the recipes of one family differ."""
+    return re.sub(r"-([\d.]+(x|bit|pct)|\dof\d)(?=-|$)", "", name)
 
 
 def columns(recipes: Sequence[RecipeRuns], rows: Sequence[Row], *, sizes: bool) -> dict[str, Callable[[Row], str]]:
