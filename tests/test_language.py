@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import dualprune
 from dualprune.cli import main
+from dualprune.language import prune_pretrained
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -37,7 +38,21 @@ def masked_bert():
     return transformers.BertForMaskedLM(bert().config)
 
 
-KINDS = {"gpt2": gpt2, "llama": llama, "bert": bert, "masked bert": masked_bert}
+def mixture():
+    sizes = llama().config.to_dict() | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    names += ("max_position_embeddings", "num_local_experts", "num_experts_per_tok")
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**{name: sizes[name] for name in names}))
+
+
+KINDS = {"mixture": mixture, "gpt2": gpt2, "llama": llama, "bert": bert, "masked bert": masked_bert}
 
 
 @pytest.fixture
@@ -153,7 +168,7 @@ def test_perplexity_of_a_model_that_knows_nothing():
         (("gpt2", "--out", "gpt2", "--sparsity", "0.5"), "never written over"),
         (("gpt2", "--out", "new", "--sparsity", "50"), "did you mean 0.5"),
         (("gpt2", "--out", "new"), "needs sparsity="),
-        (("gpt2", "--out", "new", "--sparsity", "0.5", "--length", "900"), "too few for windows of 900"),
+        (("gpt2", "--out", "new", "--sparsity", "0.5", "--length", "33"), "the model sees 32 tokens, fewer than windows of 33"),
         (("gpt2", "--out", "new", "--sparsity", "0.5", "--blocks", "transformer.g.*"), "found no blocks"),
         (("no/such/model", "--out", "new", "--sparsity", "0.5"), "cannot load the model 'no/such/model'"),
     ],
@@ -164,6 +179,52 @@ def test_wrong_input_exits_with_2_and_writes_nothing(saved, arguments, said, tmp
     assert call(*arguments, "--data", "text.txt", "--device", "cpu") == 2
     assert said in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"length": 33}, "the model sees 32 tokens"),
+        ({"length": 1}, "length is at least 2 tokens"),
+        ({"length": 0}, "length is at least 2 tokens"),
+        ({"measured": 0}, "measured is a number of windows, at least 1, got 0"),
+        ({"samples": 0}, "samples is a number of windows, at least 1, got 0"),
+    ],
+)
+def test_numbers_out_of_their_range(saved, chosen, said, tmp_path):
+    with pytest.raises(dualprune.DualpruneError, match=said):
+        prune_pretrained(saved("gpt2"), tmp_path / "text.txt", tmp_path / "new", sparsity=0.5, **chosen)
+    assert not (tmp_path / "new").exists()
+
+
+def test_windows_of_all_that_the_model_sees_and_of_two_tokens(saved, tmp_path):
+    for length in (32, 2):
+        given = {"sparsity": 0.5, "method": "wanda", "samples": 4, "measured": 1, "length": length}
+        result = prune_pretrained(saved("gpt2"), tmp_path / "text.txt", tmp_path / "new", **given)
+        assert result["length"] == length and math.isfinite(result["perplexity_pruned"])
+
+
+def test_a_text_that_is_too_short(saved, tmp_path):
+    (tmp_path / "short.txt").write_text("the cat sat " * 100)
+    with pytest.raises(dualprune.DualpruneError, match="300 tokens, too few for windows of 32"):
+        prune_pretrained(saved("gpt2"), tmp_path / "short.txt", tmp_path / "new", sparsity=0.5)
+
+
+def test_experts_are_not_called_pruned(saved, tmp_path):
+    """Transformers keeps all experts of a layer as two parameters of three dimensions, which no linear layer owns."""
+    given = {"sparsity": 0.5, "method": "wanda", "samples": 4, "length": 16}
+    with pytest.raises(dualprune.DualpruneError, match=r"in no linear layer .*mlp.experts.gate_up_proj"):
+        prune_pretrained(saved("mixture"), tmp_path / "text.txt", tmp_path / "pruned", **given)
+    said = []
+    result = prune_pretrained(
+        "mixture", tmp_path / "text.txt", tmp_path / "pruned", ignore="model.layers.*.mlp.*", note=said.append, **given
+    )
+    model = mixture().from_pretrained(tmp_path / "pruned")
+    weights = [p for name, p in model.model.layers.named_parameters() if p.ndim > 1]
+    true = 1 - sum(int(p.count_nonzero()) for p in weights) / sum(p.numel() for p in weights)
+    assert result == json.loads((tmp_path / "pruned/layerwise.json").read_text())
+    assert result["sparsity"] == 0.5 and result["block_sparsity"] == pytest.approx(true) and true < 0.1
+    assert len(result["untouched"]) == 3 * 3 and said[-1].endswith(f"{true:.4f} of all weights of the blocks")
 
 
 def test_a_text_that_cannot_be_read(saved, capsys):

@@ -327,6 +327,62 @@ def test_mappings_tuples_and_blocks_that_return_tuples():
         assert dualprune.prune_layerwise(Net(), data, "wanda", sparsity=0.5).kept == 36
 
 
+class Expert(nn.Module):
+    """A block of a linear layer of 36 weights and `experts` bare matrices of 36, as mixtures of experts keep theirs."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.experts = nn.Parameter(torch.randn(experts, 6, 6) / 6)
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * torch.einsum("bi,eoi->bo", x, self.experts)
+
+
+def mixture(experts):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList(Expert(experts) for _ in range(2))
+    model.forward = nn.Sequential(*model.layers).forward
+    return model
+
+
+def zeros(model):
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    return 1 - sum(int(p.count_nonzero()) for p in weights) / sum(p.numel() for p in weights)
+
+
+def test_weights_in_no_linear_layer_are_named_and_counted(caplog):
+    model = mixture(1)
+    report = dualprune.prune_layerwise(model, batches(), "wanda", sparsity=0.5)
+    assert report.sparsity == 0.5 and report.block_sparsity == pytest.approx(zeros(model)) == pytest.approx(0.25)
+    assert [(x.name, x.kept, x.total) for x in report.untouched] == [(f"layers.{i}.experts", 36, 36) for i in (0, 1)]
+    assert "72 of the 144 weights to prune in the blocks (50%) are in no linear layer" in caplog.text
+    assert "layers.*.experts" in caplog.text
+    assert str(report).endswith("sparsity 0.5000 of these layers, 0.2500 of all weights of the blocks")
+
+
+def test_blocks_that_are_mostly_something_else_are_refused_until_it_is_ignored(caplog):
+    model = mixture(3)
+    with pytest.raises(DualpruneError, match=r"216 of the 288 .* \(75%\) .* say so: ignore=\['layers.\*.experts'\]"):
+        dualprune.prune_layerwise(model, batches(), "wanda", sparsity=0.5)
+    assert zeros(model) == 0
+    report = dualprune.prune_layerwise(model, batches(), "wanda", sparsity=0.5, ignore=["layers.*.experts"])
+    assert report.sparsity == 0.5 and report.block_sparsity == pytest.approx(zeros(model)) == pytest.approx(0.125)
+    assert "in no linear layer" not in caplog.text
+
+
+def test_ignored_layers_count_in_the_sparsity_of_the_blocks():
+    model = mlp()
+    model.layers[0][0].weight.data[:8] = 0
+    report = dualprune.prune_layerwise(model, batches(), "wanda", sparsity=0.5, ignore="layers.*.0")
+    assert [(x.name, x.kept) for x in report.untouched] == [(f"layers.{i}.0.weight", 512 - 128 * (i == 0)) for i in range(3)]
+    blocks = nn.ModuleList(model.layers)
+    assert report.sparsity == 0.5 and report.block_sparsity == pytest.approx(zeros(blocks))
+    assert dualprune.prune_layerwise(mlp(), batches(), "wanda", sparsity=0.5).untouched == ()
+
+
 def test_filters_can_go_too():
     model = mlp()
     dualprune.prune_layerwise(model, batches(), "slr", sparsity=0.5, pattern=Filter())
@@ -366,7 +422,7 @@ class Unused(Parallel):
             {"sparsity": 0.5, "blocks": "layer.*"},
             "found no blocks: blocks='layer.*' matches no module, did you mean 'layers",
         ),
-        (mlp, {"sparsity": 0.5, "ignore": "head"}, "ignore: 'head' matches no linear layer"),
+        (mlp, {"sparsity": 0.5, "ignore": "head"}, "ignore: 'head' matches no linear layer or weight of the blocks"),
         (mlp, {"sparsity": 0.5, "ignore": "*"}, "every linear layer of the blocks is ignored"),
         (mlp, {"pattern": "2:3"}, "layers.0.0.weight: 2:3 needs axis 1 to be a multiple of 3"),
         (lambda: nn.Sequential(nn.Linear(6, 6)), {"sparsity": 0.5}, "found no blocks: .* name them with blocks="),

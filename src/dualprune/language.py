@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def prune_pretrained(
     sparsity: float | None = None,
     pattern: str = "unstructured",
     blocks: str | None = None,
+    ignore: str | Iterable[str] = (),
     refit: bool | None = None,
     samples: int = 128,
     length: int | None = None,
@@ -43,25 +44,31 @@ def prune_pretrained(
         name: a folder, or a name of the Hugging Face hub.
         data: a text file in UTF-8. Calibration windows are drawn from its first nine tenths; the rest measures perplexity.
         out: the folder to write; beside the model there is ``layerwise.json`` with the figures returned.
-        method: as for `prune_layerwise`, and so are the next four.
+        method: as for `prune_layerwise`, and so are the next five.
         sparsity: fraction of each layer's weights that go.
         pattern: as text.
         blocks: glob over module names.
+        ignore: globs over weights or layers that stay as they are.
         refit: whether least squares on the support follow.
         samples: calibration windows.
-        length: tokens in a window; None: what the model can see, 2,048 at most.
+        length: tokens in a window, at least 2 and at most what the model can see; None: that, 2,048 at most.
         measured: windows at most that perplexity is measured on.
         seed: draws the calibration windows.
         device: where it is computed.
         note: told what happens, a line at a time.
 
     Returns:
-        model, method, pattern, sparsity, kept, total, error, and perplexity_dense and perplexity_pruned, which are None for a
-        model without a language-modelling head; layers, the figures of each.
+        model, method, pattern, sparsity (of the pruned layers), block_sparsity (of all weights of the blocks), kept, total,
+        error, and perplexity_dense and perplexity_pruned, which are None for a model without a language-modelling head; layers
+        and untouched, the figures of each.
 
     Raises:
-        DualpruneError: transformers is missing, the model or the text cannot be read or is too short, or as `prune_layerwise`.
+        DualpruneError: transformers is missing, the model or the text cannot be read or is too short, a number is out of its
+            range, or as `prune_layerwise`.
     """
+    for what, number in (("samples", samples), ("measured", measured)):
+        if number < 1:
+            raise DualpruneError(f"{what} is a number of windows, at least 1, got {number}")
     transformers = _transformers()
     if out.resolve() == Path(name).resolve():
         raise DualpruneError(f"--out {out} is the model itself, which is never written over: name another folder")
@@ -71,7 +78,7 @@ def prune_pretrained(
     ids = _tokens(tokenizer, text)
     held = ids[round(len(ids) * (1 - HELD_OUT)) :]
     calibration = ids[: len(ids) - len(held)]
-    length = length or min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
+    length = _length(length, model.config)
     if min(len(calibration), len(held)) <= length:
         raise DualpruneError(
             f"{data} has {len(ids):,} tokens, too few for windows of {length}: give more text, or a smaller --length"
@@ -82,13 +89,18 @@ def prune_pretrained(
 
     has_head = type(model).__name__.endswith(HEADS)
     dense = perplexity(model, tests) if has_head else None
-    report = prune_layerwise(model, batches, method, sparsity=sparsity, pattern=pattern, blocks=blocks, refit=refit, note=note)
+    report = prune_layerwise(
+        model, batches, method, sparsity=sparsity, pattern=pattern, blocks=blocks, ignore=ignore, refit=refit, note=note
+    )
+    if report.untouched:
+        note(str(report).splitlines()[-1])
     pruned = perplexity(model, tests) if has_head else None
     result: dict[str, Any] = {
         "model": Path(name).name,
         "method": report.method,
         "pattern": pattern,
-        "sparsity": 1 - report.kept / report.total,
+        "sparsity": report.sparsity,
+        "block_sparsity": report.block_sparsity,
         "kept": report.kept,
         "total": report.total,
         "error": report.error,
@@ -98,6 +110,7 @@ def prune_pretrained(
         "length": length,
         "seed": seed,
         "layers": [vars(layer) for layer in report.layers],
+        "untouched": [vars(layer) for layer in report.untouched],
     }
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -116,6 +129,19 @@ def perplexity(model: nn.Module, windows: list[Tensor]) -> float:
         total += float(F.cross_entropy(scores[0, :-1], ids[0, 1:], reduction="sum"))
         count += ids.shape[1] - 1
     return math.exp(min(total / count, 700.0))
+
+
+def _length(asked: int | None, config: Any) -> int:
+    """Return the tokens in a window: as asked, if the model can see so many."""
+    sees = getattr(config, "max_position_embeddings", None)
+    sees = sees if isinstance(sees, int) and sees > 0 else None  # XLNet says -1
+    if asked is None:
+        return min(LONGEST, sees or LONGEST)
+    if asked < 2:
+        raise DualpruneError(f"length is at least 2 tokens, one to predict the other from, got {asked}")
+    if sees is not None and asked > sees:
+        raise DualpruneError(f"the model sees {sees} tokens, fewer than windows of {asked}: pass a smaller length, or none")
+    return asked
 
 
 def _transformers() -> Any:

@@ -7,6 +7,7 @@ thousand tokens give H = XᵀX, and `quadratic.py` solves it by SLR, ADMM, ALPS,
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -45,10 +46,17 @@ class LayerFit:
 
 @dataclass(frozen=True)
 class LayerwiseReport:
-    """All pruned layers in the order they were pruned; ``str()`` gives a table."""
+    """All pruned layers in the order they were pruned; ``str()`` gives a table.
+
+    Attributes:
+        method: its name.
+        layers: the pruned ones.
+        untouched: every other parameter of the blocks of two or more dimensions, ignored or in no linear layer; error 0.
+    """
 
     method: str
     layers: tuple[LayerFit, ...]
+    untouched: tuple[LayerFit, ...] = ()
 
     @property
     def kept(self) -> int:
@@ -61,6 +69,17 @@ class LayerwiseReport:
         return sum(layer.total for layer in self.layers)
 
     @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the pruned layers."""
+        return 1 - self.kept / self.total
+
+    @property
+    def block_sparsity(self) -> float:
+        """Fraction of zeros in all weights of the blocks, pruned or untouched."""
+        every = self.layers + self.untouched
+        return 1 - sum(layer.kept for layer in every) / sum(layer.total for layer in every)
+
+    @property
     def error(self) -> float:
         """Mean relative error of the layers' outputs."""
         return sum(layer.error for layer in self.layers) / len(self.layers)
@@ -69,7 +88,10 @@ class LayerwiseReport:
         width = max(len(layer.name) for layer in self.layers)
         rows = [f"{x.name:<{width}}  {x.kept:>12,} of {x.total:>12,}  error {x.error:.5f}" for x in self.layers]
         total = f"{self.method}: kept {self.kept:,} of {self.total:,} weights in {len(self.layers)} layers"
-        return "\n".join([*rows, f"{total}, mean error {self.error:.5f}"])
+        rows.append(f"{total}, mean error {self.error:.5f}")
+        if self.untouched:
+            rows.append(f"sparsity {self.sparsity:.4f} of these layers, {self.block_sparsity:.4f} of all weights of the blocks")
+        return "\n".join(rows)
 
 
 @dataclass(frozen=True)
@@ -105,7 +127,8 @@ def prune_layerwise(
     """Prune the linear layers of a model's blocks in place, without training, from a few calibration batches.
 
     The blocks are pruned in the order they run; the inputs of each come from the network pruned so far. Nothing outside the
-    blocks (embeddings, the head) is pruned. If it stops with an error half-way, the blocks before are pruned already.
+    blocks (embeddings, the head) is pruned, nor what is in the blocks but in no linear layer, such as experts that are one
+    parameter of three dimensions: a warning names it. If it stops with an error half-way, the blocks before are pruned already.
 
     Args:
         model: of `nn.Linear` layers or GPT-2's `Conv1D`, in any float type; solved in float32 at least, where the layer is.
@@ -115,7 +138,8 @@ def prune_layerwise(
         pattern: a pattern or its text, such as "2:4"; axis 1 is the layer's input.
         blocks: glob over module names, such as "model.layers.*", that finds the blocks: the outermost modules it matches.
             They have to run as a chain, each fed by the one before. None: the longest ModuleList of one class.
-        ignore: globs over weight or layer names that stay as they are.
+        ignore: globs over weight or layer names that stay as they are. Where linear layers have less than half of the weights
+            of the blocks, the other weights have to be named here.
         refit: whether least squares on the support found follow; None: as published (after admm, alps and slr).
         damping: multiple of H's mean diagonal that is added to its diagonal.
         note: told a line after every block.
@@ -124,7 +148,8 @@ def prune_layerwise(
         What was kept, and the relative error, layer by layer.
 
     Raises:
-        DualpruneError: no blocks, no data, no chain, or a sparsity, pattern or method that is not there or does not fit.
+        DualpruneError: no blocks, no data, no chain, a sparsity, pattern or method that is not there or does not fit, or most
+            weights of the blocks are in no linear layer and not ignored.
         NonFiniteError: a layer saw an input, or has a weight, that is NaN or infinite.
     """
     chosen = parse_pattern(pattern)
@@ -133,7 +158,8 @@ def prune_layerwise(
     budget = chosen.snap(0.0 if sparsity is None else check_sparsity(sparsity))
     solve = layer_method(method, chosen, refit)
     found = _find_blocks(model, blocks)
-    layers = _find_layers(found, ignore)
+    layers, others = _find_layers(found, ignore)
+    untouched = tuple(_untouched(name, weight) for name, weight in others.items())
     for name, layer in layers.items():
         _check_layer(name, layer, chosen)
     fits: list[LayerFit] = []
@@ -148,7 +174,7 @@ def prune_layerwise(
             if own:
                 mean = sum(fit.error for fit in fits[-len(own) :]) / len(own)
                 note(f"{solve.name}: block {number} of {len(chain.calls)} ({name}), {len(own)} layers, mean error {mean:.5f}")
-    return LayerwiseReport(solve.name, tuple(fits))
+    return LayerwiseReport(solve.name, tuple(fits), untouched)
 
 
 def _prune_layer(
@@ -164,6 +190,13 @@ def _prune_layer(
     # what a method only keeps, and does not move, stays the same to the last bit
     weight.copy_(torch.where((W == q.W0) & (W != 0), weight.to(wide), W / q.scale))
     return LayerFit(name, int(torch.count_nonzero(weight)), weight.numel(), q.error(W))
+
+
+def _untouched(name: str, weight: Tensor) -> LayerFit:
+    if weight.is_meta:  # offloaded
+        return LayerFit(name, weight.numel(), weight.numel(), 0.0)
+    countable = weight if weight.itemsize > 1 else weight.float()  # torch does not count in 8-bit floats
+    return LayerFit(name, int(torch.count_nonzero(countable)), weight.numel(), 0.0)
 
 
 # --- which modules -------------------------------------------------------------------------------------------
@@ -208,20 +241,21 @@ def _weight(layer: nn.Module) -> Tensor:
     return weight.detach().T if _is_conv1d(layer) else weight.detach()
 
 
-def _find_layers(blocks: Mapping[str, nn.Module], ignore: str | Iterable[str]) -> dict[str, nn.Module]:
-    """Return the linear layers of the blocks by the names of their weights, without the ignored ones."""
+def _find_layers(
+    blocks: Mapping[str, nn.Module], ignore: str | Iterable[str]
+) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """Return the linear layers to prune by the names of their weights, and every other weight of the blocks by its name."""
     layers = {
         ".".join(part for part in (name, inner, "weight") if part): module
         for name, block in blocks.items()
         for inner, module in block.named_modules()
         if _is_linear(module)
     }
-    ignored: set[str] = set()
-    for glob in [ignore] if isinstance(ignore, str) else ignore:
-        hit = {name for name in layers if fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)}
-        if not hit:
-            raise DualpruneError(f"ignore: {glob!r} matches no linear layer of the blocks{suggest(glob, layers)}")
-        ignored |= hit
+    inside = {id(p): (f"{name}.{part}", p) for name, block in blocks.items() for part, p in block.named_parameters()}
+    weights = {name: p for name, p in inside.values() if p.ndim > 1}
+    owned = {id(p) for layer in layers.values() for p in layer.parameters()}
+    loose = {name: p for name, p in weights.items() if id(p) not in owned}
+    ignored = _ignored([*layers, *loose], [ignore] if isinstance(ignore, str) else ignore)
     left = {name: layer for name, layer in layers.items() if name not in ignored}
     if not left:
         raise DualpruneError("nothing to prune: every linear layer of the blocks is ignored")
@@ -235,7 +269,31 @@ def _find_layers(blocks: Mapping[str, nn.Module], ignore: str | Iterable[str]) -
         owner = owners.setdefault(id(layer.weight), name)
         if owner != name:
             raise DualpruneError(f"{name} and {owner} are one weight with the inputs of two layers: ignore both")
-    return left
+    _check_loose({name: p for name, p in loose.items() if name not in ignored}, left)
+    return left, {name: p for name, p in weights.items() if id(p) not in owners}
+
+
+def _ignored(names: Sequence[str], globs: Iterable[str]) -> set[str]:
+    ignored: set[str] = set()
+    for glob in globs:
+        hit = {name for name in names if fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)}
+        if not hit:
+            raise DualpruneError(f"ignore: {glob!r} matches no linear layer or weight of the blocks{suggest(glob, names)}")
+        ignored |= hit
+    return ignored
+
+
+def _check_loose(loose: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> None:
+    """Say which weights stay dense because they are in no linear layer; refuse where they are the most."""
+    if not loose:
+        return
+    stays, goes = (sum(w.numel() for w in ws) for ws in (loose.values(), map(_weight, layers.values())))
+    globs = sorted({re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in loose})
+    share = f"{stays:,} of the {stays + goes:,} weights to prune in the blocks ({stays / (stays + goes):.0%})"
+    what = f"{share} are in no linear layer (nn.Linear, GPT-2's Conv1D) and stay as they are: {', '.join(globs)}"
+    if stays > goes:
+        raise DualpruneError(f"{what}. If only the linear layers are to be pruned, say so: ignore={globs}")
+    logger.warning(what)
 
 
 def _check_layer(name: str, layer: nn.Module, pattern: Pattern) -> None:

@@ -134,6 +134,33 @@ def test_a_second_fit_prunes_with_a_new_pruner(tmp_path):
     assert first is not callback.pruner and callback.pruner.step_count == STEPS
 
 
+def test_what_a_validation_restores_is_not_the_next_fits(tmp_path):
+    keep = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}")
+    module, callback = Lit(), pruning()
+    trainer = fit(module, callback, keep, folder=tmp_path)
+    trainer.validate(module, loader(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    module = Lit()
+    fit(module, callback, folder=tmp_path)
+    assert_same(module, callback.pruner, "slr")
+    trainer.validate(module, loader(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    fit(module := Lit(), callback, folder=tmp_path, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert_same(module, callback.pruner, "slr")
+
+
+def test_what_a_fit_that_failed_restored_is_not_the_next_ones(tmp_path):
+    class Fails(Lit):
+        def on_fit_start(self) -> None:
+            raise RuntimeError("before the training starts")
+
+    keep = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}")
+    fit(Lit(), pruning(), keep, folder=tmp_path)
+    module, callback = Lit(), pruning()
+    with pytest.raises(RuntimeError, match="before the training starts"):
+        fit(Fails(), callback, folder=tmp_path, ckpt_path=tmp_path / "epoch=1.ckpt")
+    fit(module, callback, folder=tmp_path)
+    assert_same(module, callback.pruner, "slr")
+
+
 def test_validation_sees_the_cut_weights_where_asked(tmp_path):
     module, callback = Lit(), pruning(validate_cut=True)
     fit(module, callback, folder=tmp_path, valid=True)

@@ -65,7 +65,7 @@ def train(
     )  # fmt: skip
     optimizer = adam(model)
     trainer = InOrder(
-        model, arguments, train_dataset=Rows(), callbacks=[callback], compute_loss_func=loss,
+        model, arguments, train_dataset=Rows(), eval_dataset=Rows(), callbacks=[callback], compute_loss_func=loss,
         optimizers=(optimizer, LambdaLR(optimizer, lambda step: 1.0)),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
@@ -111,6 +111,37 @@ def test_a_checkpoint_that_moved(tmp_path):
     (tmp_path / "moved" / "dualprune.safetensors").write_bytes(b"x" * 99)
     with pytest.raises(DualpruneError, match="is damaged"):
         train(tmp_path / "b", pruning(resume_from=moved), resume=str(moved))
+
+
+def other() -> Classifier:
+    torch.manual_seed(1)
+    model = Classifier()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) / 50)
+    return model
+
+
+def test_a_checkpoint_beside_that_of_another_run(tmp_path):
+    """The same step of another run lies where this one writes: its state must not be mixed with these weights."""
+    train(tmp_path / "a", pruning(), save_strategy="epoch")
+    train(tmp_path / "b", pruning(), other(), save_strategy="epoch")
+    saved = tmp_path / "a" / f"checkpoint-{STEPS // 2}"
+    with pytest.raises(DualpruneError, match=r"b/checkpoint-12/.* saved with other weights .* resume_from="):
+        train(tmp_path / "b", pruning(), resume=str(saved))
+    callback = pruning()
+    resumed = train(tmp_path / "b", callback, resume=str(saved), resume_from_checkpoint=str(saved))
+    assert_same(resumed.model, callback.pruner, "slr")
+    with pytest.raises(DualpruneError, match="another run or another step"):
+        train(tmp_path / "c", pruning(resume_from=tmp_path / "a" / f"checkpoint-{STEPS}"), resume=str(saved))
+
+
+def test_the_best_checkpoint_is_not_cut_with_a_later_mask(tmp_path):
+    options = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    callback = pruning()
+    with pytest.raises(DualpruneError, match="pass load_best_model_at_end=False"):
+        train(tmp_path, callback, **options)
+    assert callback.pruner is None
 
 
 def test_sharded_weights_are_refused_before_training(tmp_path, monkeypatch):

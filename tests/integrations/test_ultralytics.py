@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,9 +48,9 @@ def yolo(model: Path) -> Any:
 
 
 def fit(home: Path, folder: Path, model: Any, **options: Any) -> Any:
-    options = {"epochs": EPOCHS, "warmup_epochs": 1} | options
+    options = {"epochs": EPOCHS, "warmup_epochs": 1, "nbs": 4} | options
     model.train(
-        data=str(home / "data.yaml"), imgsz=SIDE, batch=2, nbs=4, workers=0, device="cpu", plots=False, verbose=False,
+        data=str(home / "data.yaml"), imgsz=SIDE, batch=2, workers=0, device="cpu", plots=False, verbose=False,
         project=str(folder), name="run", exist_ok=True, seed=0, optimizer="SGD", pretrained=False, **options,
     )  # fmt: skip
     return model.trainer
@@ -87,6 +88,38 @@ def test_model_ema_and_files_have_the_same_zeros(home, tmp_path):
     assert sum(int(z.sum()) for z in zeros(saved(trainer.best), masks).values()) >= asked
     assert min(validated) == asked and going_on[:2] == [0, 0]
     assert all(row["loss"] > 0 for row in pruner.history)
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_step_is_that_of_all_its_batches(home, tmp_path):
+    model = yolo(home / "yolov8n.yaml")
+    pruning = DualpruneCallbacks(dualprune.SLR(), rate=4, every=1, total_steps=5).add_to(model)
+    losses: list[float] = []
+    model.add_callback("on_train_batch_end", lambda trainer: losses.append(float(trainer.loss)))
+    fit(home, tmp_path, model, epochs=3, warmup_epochs=0, nbs=6)  # four batches an epoch, three a step: they go across epochs
+    wanted = [sum(losses[i : i + 3]) for i in (0, 3, 6)]
+    assert [row["loss"] for row in pruning.pruner.history] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_losses_whose_gradients_were_thrown_away_are_not_observed(tmp_path):
+    """AMP's scaler leaves out a step, or the trainer begins an epoch anew: the gradients are set to None."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    trainer = SimpleNamespace(model=model, optimizer=optimizer, start_epoch=0, wdir=tmp_path, loss=None)
+    pruning = DualpruneCallbacks(dualprune.SLR(), rate=4, every=1, total_steps=8)
+    pruning.on_train_start(trainer)
+    losses = []
+    for action in ("wait", "skip", "wait", "step", "step", "wait", "wait", "step"):
+        pruning.callbacks["on_train_batch_start"](trainer)
+        trainer.loss = model(torch.randn(4, 8)).square().sum()
+        trainer.loss.backward()
+        losses.append(float(trainer.loss))
+        if action == "step":
+            optimizer.step()
+        if action != "wait":
+            optimizer.zero_grad()
+    wanted = [sum(losses[2:4]), losses[4], sum(losses[5:8])]
+    assert [row["loss"] for row in pruning.pruner.history] == pytest.approx(wanted)
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dualprune import distributed
@@ -48,21 +50,43 @@ def refuse_shards(pruner: Pruner) -> None:
 
 
 def save_state(pruner: Pruner, path: Path) -> None:
-    """Write the pruner's state to `path`, a safetensors file that is whole or not there."""
+    """Write the pruner's state to `path`, a safetensors file that is whole or not there, with the weights' `fingerprint`."""
     with atomic_write(path) as temporary:
-        save_file(pruner.state_dict(), temporary)
+        save_file(pruner.state_dict(), temporary, metadata={"weights": fingerprint(pruner)})
 
 
-def load_state(pruner: Pruner, path: Path, advice: str) -> None:
+def load_state(pruner: Pruner, path: Path, advice: str, exact: bool = False) -> None:
     """Put a state that `save_state` wrote back onto a pruner attached in the same way.
 
+    Args:
+        pruner: of a model that is loaded already.
+        path: the file.
+        advice: what to do where the file is not there, or not the right one.
+        exact: the trainer loads the very weights that it saved, so that others mean another run or another step.
+
     Raises:
-        DualpruneError: there is no such file (`advice` says what to do), it is damaged, or of another run.
+        DualpruneError: there is no such file, it is damaged, of another run, or (`exact`) was saved with other weights.
     """
     if not path.is_file():
         raise DualpruneError(f"this run is resumed, but the pruner's state is not at {path}: {advice}")
     try:
+        with safe_open(path, framework="pt") as file:
+            weights = (file.metadata() or {}).get("weights")
         state = load_file(path)
     except SafetensorError as error:
         raise DualpruneError(f"{path} is damaged ({error}): resume from another checkpoint") from error
+    if exact and weights != fingerprint(pruner):
+        raise DualpruneError(
+            f"{path} was saved with other weights than those resumed from: it is of another run or another step; {advice}"
+        )
     pruner.load_state_dict(state)
+
+
+def fingerprint(pruner: Pruner) -> str:
+    """Return a hash of the weights that are pruned, by their names, shapes and bits."""
+    digest = hashlib.sha256()
+    for target in pruner.problem.targets:
+        weight = distributed.local(target.weight).detach().cpu()
+        digest.update(f"{target.name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

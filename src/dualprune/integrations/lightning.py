@@ -50,12 +50,17 @@ class DualpruneCallback(Callback):
         self.optimizer, self.validate_cut, self.options = optimizer, validate_cut, options
         self.pruner: Pruner | None = None
         self._restored: dict[str, Tensor] | None = None
+        self._fitting = False
         self._cut = ExitStack()
 
     @property
     def state_key(self) -> str:
         """Name of this callback's state in a checkpoint."""
         return f"DualpruneCallback{'' if self.optimizer is None else self.optimizer}"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what was restored for an earlier run: `validate` and `test` restore callbacks too, for no fit."""
+        self._restored, self._fitting = None, stage == "fit"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach; everything else is in place by now, restored from a checkpoint or new."""
@@ -116,8 +121,8 @@ class DualpruneCallback(Callback):
         return {} if self.pruner is None else {"pruner": self.pruner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a state until the fit starts."""
-        self._restored = state_dict.get("pruner")
+        """Keep a state until the fit starts; where none is about to start, it is not needed."""
+        self._restored = state_dict.get("pruner") if self._fitting else None
 
     def _chosen(self, optimizers: list[Optimizer]) -> Optimizer:
         if self.optimizer is None and len(optimizers) == 1:

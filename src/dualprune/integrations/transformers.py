@@ -32,7 +32,8 @@ class DualpruneCallback(TrainerCallback):
         calibrate: how many batches of the training loader batch norm is re-estimated with at the end (0: none), or batches.
         observe: hand the training loss to the pruner: the one the model itself returns. Where something else computes it
             (label smoothing, `compute_loss_func`) none is seen, and the surrogate test does without.
-        resume_from: the checkpoint folder, where it is not `output_dir/checkpoint-<step>`.
+        resume_from: the checkpoint folder, where it is neither `args.resume_from_checkpoint` nor
+            `output_dir/checkpoint-<step>`: a Trainer does not tell its callbacks what it resumes from.
         options: as for `attach`; total_steps is the Trainer's `max_steps` unless given.
 
     Attributes:
@@ -55,15 +56,25 @@ class DualpruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *,
         model: nn.Module, optimizer: Optimizer, **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Attach; the model and the optimizer are loaded and prepared by now."""
+        """Attach; the model and the optimizer are loaded and prepared by now.
+
+        Raises:
+            DualpruneError: `load_best_model_at_end`, or a resumed training without a pruner's state of the same weights.
+        """
+        if args.load_best_model_at_end:
+            raise DualpruneError(
+                "load_best_model_at_end=True brings back the weights that were best before they were cut, often early and "
+                "dense ones, and the mask held at the end would cut those: pass load_best_model_at_end=False, and choose "
+                "among finished models"
+            )
         self._let_go()
         batches(self.calibrate, kwargs["train_dataloader"])
         self.pruner = attach(model, optimizer, self.method, **{"total_steps": state.max_steps, **self.options})
         refuse_shards(self.pruner)
         self._sharers = args.world_size if args.average_tokens_across_devices else 1
         if state.global_step:
-            folder = _checkpoint(args, state) if self.resume_from is None else Path(self.resume_from)
-            load_state(self.pruner, folder / STATE, "pass DualpruneCallback(…, resume_from=the checkpoint's folder)")
+            advice = "pass DualpruneCallback(…, resume_from=the checkpoint's folder)"
+            load_state(self.pruner, self._resumed(args, state) / STATE, advice, exact=True)
         if self.observe:
             self._ear = model.register_forward_hook(self._hear, with_kwargs=True)
 
@@ -85,12 +96,18 @@ class DualpruneCallback(TrainerCallback):
             save_state(self.pruner, _checkpoint(args, state) / STATE)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Cut for good; `load_best_model_at_end` has been done by now."""
+        """Cut for good."""
         if self._ear is not None:
             self._ear.remove()
             self._ear = None
         if self.pruner is not None:
             self.pruner.finish(calibrate=batches(self.calibrate, kwargs["train_dataloader"]))
+
+    def _resumed(self, args: TrainingArguments, state: TrainerState) -> Path:
+        if self.resume_from is not None:
+            return Path(self.resume_from)
+        named = args.resume_from_checkpoint
+        return Path(named) if named and Path(named).is_dir() else _checkpoint(args, state)
 
     def _hear(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None

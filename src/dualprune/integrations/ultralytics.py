@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dualprune.errors import DualpruneError
@@ -28,7 +29,8 @@ class DualpruneCallbacks:
     Args:
         method: as for `attach`.
         calibrate: how many batches of the training loader batch norm is re-estimated with at the end; 0: none.
-        observe: hand the training loss to the pruner.
+        observe: hand the training loss to the pruner: the sum over the batches of a step, whose gradient the optimizer gets
+            here (the other trainers divide accumulated batches, and there it is the mean).
         options: as for `attach`; total_steps is counted from the trainer's epochs, warmup and accumulation unless given.
 
     Attributes:
@@ -39,14 +41,16 @@ class DualpruneCallbacks:
         self.method, self.calibrate, self.observe, self.options = method, calibrate, observe, options
         self.pruner: Pruner | None = None
         self._ear: Any = None
+        self._losses: list[Tensor] = []  # of earlier batches, whose gradients wait for the optimizer
         self._whole: list[tuple[Tensor, Tensor]] = []  # the EMA's weights while they are cut
 
     @property
     def callbacks(self) -> dict[str, Callable[[Any], None]]:
         """The functions by the events they belong to."""
         return {
-            "on_train_start": self.on_train_start, "on_train_epoch_end": self.on_train_epoch_end,
-            "on_model_save": self.on_model_save, "on_fit_epoch_end": self.on_fit_epoch_end,
+            "on_train_start": self.on_train_start, "on_train_batch_start": self.on_train_batch_start,
+            "on_train_epoch_end": self.on_train_epoch_end, "on_model_save": self.on_model_save,
+            "on_fit_epoch_end": self.on_fit_epoch_end,
         }  # fmt: skip
 
     def add_to(self, model: Any) -> DualpruneCallbacks:
@@ -67,6 +71,11 @@ class DualpruneCallbacks:
         if trainer.start_epoch:
             load_state(self.pruner, Path(trainer.wdir) / STATE, "resume with the run's own folder, or train anew")
         self._ear = trainer.optimizer.register_step_pre_hook(lambda *_: self._hear(trainer.loss))
+
+    def on_train_batch_start(self, trainer: Any) -> None:
+        """Keep the loss of the batch before while its gradient is kept: until the step, taken or left out by AMP's scaler."""
+        waiting = any(p.grad is not None for p in trainer.model.parameters())
+        self._losses = [*self._losses, trainer.loss.detach()] if waiting else []
 
     def on_train_epoch_end(self, trainer: Any) -> None:
         """Cut the EMA for validation and checkpoint; in the last epoch re-estimate its batch norm first."""
@@ -98,7 +107,7 @@ class DualpruneCallbacks:
 
     def _hear(self, loss: Tensor) -> None:
         if self.observe and not self._running.finished:
-            self._running.observe(loss)
+            self._running.observe(torch.stack([*self._losses, loss.detach()]).sum())
 
     def _images(self, trainer: Any) -> Iterator[Tensor]:
         for batch in islice(trainer.train_loader, self.calibrate):
