@@ -311,8 +311,7 @@ def columns(recipes: Sequence[RecipeRuns], rows: Sequence[Row], *, sizes: bool) 
 
 
 def metrics_shown(rows: Sequence[Row], when: str) -> list[str]:
-    """The metrics of a table, of KITTI's twelve the 3D ones; after retraining, the first one and those that a paper
-    or `--also` has."""
+    """The metrics of a table, of KITTI's twelve the 3D ones; after retraining, the first and those of a paper or `--also`."""
     found = dict.fromkeys(metric for row in rows for run in row.runs for metric in run["metrics"].get(when, {}))
     named = [metric for metric in found if not re.match(r"BEV|2D|.*mAP11$", metric)]
     if when == "cut":
@@ -403,9 +402,15 @@ def held_out(tune: Mapping[str, Any]) -> str:
     """Return what tuning tried, and the scores by which it chose."""
     lines = [f"\\* chosen on {tune['held_out']:.0%} of the training images held out, from {tune['grid']}:"]
     for label, choice in tune["methods"].items():
-        scores = ", ".join(f"lr {trial}: {fmean(values):.2f}" for trial, values in choice["scores"].items())
+        scores = ", ".join(f"lr {trial}: {mean_or_diverged(values)}" for trial, values in choice["scores"].items())
         lines.append(f"{label} ({scores});")
     return "\n".join(lines)
+
+
+def mean_or_diverged(values: Sequence[float | None]) -> str:
+    """The mean over a trial's seeds, one of which may have ended in NaN."""
+    found = [value for value in values if value is not None]
+    return f"{fmean(found):.2f}" if len(found) == len(values) else "diverged"
 
 
 # --- writing ------------------------------------------------------------------------------------------------

@@ -85,6 +85,15 @@ def test_a_period_that_leaves_no_update_is_refused(method: object, every: int) -
     model = tiny_net()
     with pytest.raises(DualpruneError, match=f"every={every} leaves no update in the"):
         attach(model, sgd(model), method, rate=4, total_steps=100, every=every)
+    for short, name in (
+        ({"method": SLR(ramp=0, hold=1.0), "total_steps": 10}, r"^SLR\(hold=1\) fixes the masks from the first step on"),
+        ({"method": SLR(), "total_steps": 1}, r"^total_steps=1 leaves no update before SLR\(hold=0.2\) .* at least 2 steps"),
+        ({"method": SLR(ramp=0, hold=0.9), "total_steps": 10}, r"^total_steps=10 leaves no update .* at least 11 steps"),
+    ):
+        with pytest.raises(DualpruneError, match=name):
+            attach(model, sgd(model), rate=4, **short)
+    attach(model, sgd(model), SLR(), rate=4, total_steps=2).detach()
+    attach(model, sgd(model), SLR(ramp=0, hold=0.9), rate=4, total_steps=11).detach()
     pruner = attach(model, optimizer := sgd(model), SLR(), rate=4, total_steps=100, every=79)
     train(model, optimizer, range(80), pruner)
     assert len(pruner.history) == 1
@@ -739,6 +748,11 @@ def test_nothing_else_is_done_inside_evaluate(net, optimizer):
         ({"sparsity": 0.5}, "give rate or sparsity, not both"),
         ({"rate": None}, "nothing to prune: give rate=10, sparsity=0.9 or patterns"),
         ({"budget": "globl"}, "did you mean 'global'"),
+        ({"state_dtype": torch.int32}, "state_dtype is a float dtype of 16, 32 or 64 bits .*got torch.int32"),
+        ({"state_dtype": torch.complex64}, "state_dtype is a float dtype .*got torch.complex64"),
+        ({"state_dtype": torch.float8_e4m3fn}, "state_dtype is a float dtype .*got torch.float8_e4m3fn"),
+        ({"state_dtype": "bfloat16"}, r"state_dtype is a float dtype .*got 'bfloat16'; did you mean torch\.bfloat16\?"),
+        ({"state_dtype": 16}, "state_dtype is a float dtype .*got 16$"),
         ({"ignore": ("6.wight",)}, "ignore: '6.wight' matches no parameter, did you mean '6.weight'"),
         ({"patterns": {"conv*": 0.5}}, r"patterns: 'conv\*' matches no parameter"),
         ({"patterns": {"3.weight": "2:5"}}, "3.weight: 2:5 needs axis 1 to be a multiple of 5"),
@@ -853,6 +867,40 @@ def test_defaults_are_said_aloud(net, optimizer, caplog):
         attach(net, optimizer, SLR.paper(), rate=5)
     assert "left alone, first layer: 0.weight" in caplog.text
     assert "left alone, last layer: 10.weight" in caplog.text
+
+
+SAY = """
+import logging, torch, dualprune
+from torch import nn
+{setup}
+model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+dualprune.attach(model, None, dualprune.Magnitude(), rate=2)
+logging.getLogger("dualprune").warning("of ours")
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "heard"),
+    [
+        ("", "dualprune: pruning 1"),
+        ("logging.basicConfig()", "dualprune: pruning 1"),
+        ("logging.getLogger().addHandler(logging.NullHandler())", "dualprune: pruning 1"),
+        ("logging.basicConfig(level='INFO')", "INFO:dualprune:pruning 1"),
+        ("logging.basicConfig(); logging.getLogger('dualprune').setLevel('INFO')", "INFO:dualprune:pruning 1"),
+        ("logging.basicConfig(); logging.getLogger('dualprune').setLevel('WARNING')", None),
+        ("logging.getLogger('dualprune').setLevel('WARNING')", None),
+        ("logging.basicConfig(); logging.disable(logging.INFO)", None),
+    ],
+)
+def test_defaults_are_said_once_however_logging_is_set_up(setup, heard):
+    code = SAY.format(setup=setup)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr.count("pruning 1 parameters") == (heard is not None)
+    assert heard is None or heard in done.stderr
+    if "NullHandler" not in setup:
+        assert done.stderr.count("of ours") == 1
+        assert ("WARNING:dualprune:of ours" in done.stderr) == ("basicConfig" in setup)
 
 
 def test_one_shot_needs_no_loop(trained):

@@ -126,6 +126,9 @@ def test_tuned_rates_are_chosen_on_held_out_images_and_used(recipe, tmp_path, ca
         (["run", "tiny.toml", "--set", 'prune.patterns={"fc9*"=0.5}'], "'fc9*' matches no parameter"),
         (["run", "tiny.toml", "--out", "tiny.toml"], "cannot write the run folder"),
         (["compare", "tiny.toml", "--seeds", "0,x"], "--seeds takes comma-separated numbers, got '0,x'"),
+        (["compare", "tiny.toml", "--seeds=0,-1"], "from 0 to 2**63 - 1, got -1"),
+        (["run", "tiny.toml", "--set", "training.epochs=true"], "[training] epochs: expected a number, got true"),
+        (["run", "tiny.toml", "--set", f"seed={2**63}"], "seed: input should be less than 9223372036854775808"),
         (["compare", "tiny.toml", "--methods", "slr,gradul"], "did you mean 'gradual'?"),
         (["tune", "tiny.toml", "--lr", "0,1"], "a grid of learning rates above 0 is needed"),
         (["report", "nowhere"], "no run folder 'nowhere'"),
@@ -192,3 +195,37 @@ def test_ctrl_c_outside_of_training_is_130_too_and_says_so(recipe, tmp_path, mon
 def test_the_module_runs_as_a_command():
     done = subprocess.run([sys.executable, "-m", "dualprune", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "demo" in done.stdout
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_is_none_is_2(recipe, capsys, seed):
+    assert call("run", recipe, f"--seed={seed}") == 2
+    assert "--seed" in capsys.readouterr().err
+
+
+def test_what_tune_says_next_is_the_whole_command(recipe, tmp_path, capsys):
+    override = 'prune.patterns."fc2.weight"={ pattern = "2:4" }'
+    arguments = ["--methods", "gradual", "--out", "else where", "--set", override, "--set", "training.epochs=1"]
+    assert call("tune", recipe, "--lr", "0.05", *arguments) == 0
+    said = capsys.readouterr().out.rpartition("use it with: ")[2]
+    assert shlex.split(said) == ["dualprune", "compare", recipe, "--tuned", *arguments]
+    assert call(*shlex.split(said)[1:]) == 0
+
+
+def test_ctrl_c_of_a_fresh_command_says_to_leave_fresh_out(recipe, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupted)
+    assert call("run", recipe, "--fresh") == 130
+    assert "the same command without --fresh continues" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_1(recipe, tmp_path, capsys):
+    assert call("run", recipe, "--method", "oneshot") == 0
+    page = tmp_path / "runs/tiny/oneshot-seed0/report.html"
+    page.unlink()
+    page.mkdir()
+    (page / "in the way").write_text("")
+    assert call("report", str(page.parent)) == 1
+    assert "cannot write to" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Iterable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dualprune import SLR, DualpruneError, GradualMagnitude, Magnitude, attach
@@ -106,19 +108,55 @@ def test_a_state_of_another_importance_is_refused() -> None:
         plain.load_state_dict(state)
 
 
-@pytest.mark.parametrize(("make", "name"), [(torch.optim.SGD, "SGD"), (torch.optim.Rprop, "Rprop")])
-def test_an_optimizer_without_second_moments_is_refused(make: type[Optimizer], name: str) -> None:
+@pytest.mark.parametrize("name", ["SGD", "Rprop", "Adamax", "ASGD"])
+def test_an_optimizer_without_second_moments_is_refused(name: str) -> None:
     model = tiny_net()
+    optimizer = getattr(torch.optim, name)(model.parameters(), 0.1)
     with pytest.raises(DualpruneError, match=f"Adam, AdamW or RMSprop keep, got {name}"):
-        attach(model, make(model.parameters(), 0.1), SLR(), rate=5, importance="second-moment", total_steps=9)
+        attach(model, optimizer, SLR(), rate=5, importance="second-moment", total_steps=9)
 
 
-def test_so_is_one_that_keeps_them_under_another_name() -> None:
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop"])
+def test_those_that_keep_them_are_taken(name: str) -> None:
     model = tiny_net()
-    optimizer = torch.optim.Adamax(model.parameters(), 0.01)  # a maximum in place of the mean
-    pruner = attach(model, optimizer, SLR(), rate=5, importance="second-moment", total_steps=9, every=1)
-    with pytest.raises(DualpruneError, match="got Adamax"):
+    optimizer = getattr(torch.optim, name)(model.parameters(), 1e-3)
+    pruner = attach(model, optimizer, SLR(), rate=5, importance="second-moment", total_steps=9, every=2)
+    train(model, optimizer, range(4), pruner)
+    assert len(pruner.history) == 2
+
+
+class Sign(Optimizer):
+    """Has betas and keeps a first moment only, as Lion does."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, {"lr": 1e-4, "betas": (0.9, 0.99)})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            moment = self.state[p].setdefault("exp_avg", torch.zeros_like(p)) if p.grad is not None else None
+            if moment is not None:
+                p.detach().sub_(moment.lerp_(p.grad, 0.1).sign_(), alpha=1e-4)
+
+
+def test_one_that_only_looks_the_part_is_refused_at_the_first_step_that_leaves_a_state() -> None:
+    model = tiny_net()
+    optimizer = Sign(model.parameters())
+    pruner = attach(model, optimizer, SLR(), rate=5, importance="second-moment", total_steps=99, every=20)
+    optimizer.step()  # there are no gradients, and no state
+    with pytest.raises(DualpruneError, match="got Sign"):
         train(model, optimizer, range(1), pruner)
+    pruner.detach()
+    with pytest.raises(DualpruneError, match="got Sign"):  # there is one now
+        attach(model, optimizer, SLR(), rate=5, importance="second-moment", total_steps=99)
+
+
+def test_an_attach_that_failed_stops_no_step() -> None:
+    model = tiny_net()
+    optimizer = Sign(model.parameters())
+    with pytest.raises(DualpruneError, match="matches no parameter"):
+        attach(model, optimizer, SLR(), rate=5, patterns={"nowhere": 0.5}, importance="second-moment", total_steps=99)
+    gc.collect()
+    train(model, optimizer, range(2))
 
 
 @pytest.mark.parametrize("method", [Magnitude(), SLR()])

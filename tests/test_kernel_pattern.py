@@ -42,6 +42,18 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("pattern", [KernelPattern(4, 3), KernelPattern(4, SET)])
+def test_tensors_need_not_be_on_the_default_device(pattern: KernelPattern) -> None:
+    w = gaussian(6, 5, 3, 3)
+    expected = pattern.mask(w, 0.7)
+    with torch.device("meta"):
+        mask = pattern.mask(w, 0.7)
+        learnt = KernelPattern.learn(w, 4, 3)
+        assert pattern.contains(w * mask, 0.7)
+    assert torch.equal(mask, expected)
+    assert learnt == KernelPattern.learn(w, 4, 3)
+
+
 # ---------------------------------------------------------------------- slow twins, on lists of floats
 
 

@@ -128,6 +128,39 @@ def test_penalty_is_traced_by_torch_compile(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(row[0].double(), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.fixture
+def foreach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a GPU without Triton, on the CPU."""
+    monkeypatch.setattr(kernels, "_interpreted", lambda: True)
+    monkeypatch.setattr(kernels, "_triton_installed", lambda: False)
+
+
+@pytest.mark.usefixtures("foreach")
+@pytest.mark.parametrize("size", [1, 1000, 40_000])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_penalty_by_foreach_operators(dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_BATCH", size)
+    rows = [row for row in rows_of(torch.device("cpu"), dtype, dtype) if row[0].numel()]
+    runs = kernels._batches(rows)
+    assert [row for run in runs for row in run] == rows
+    assert all(len(run) == 1 or sum(row[0].numel() for row in run) <= size for run in runs)
+    expected = [penalised(row, 0.3, 1.0) for row in rows]
+    assert add_penalty_(rows, 0.3, None) == []
+    close = 4 * torch.finfo(dtype).eps
+    for row, want in zip(rows, expected, strict=True):
+        torch.testing.assert_close(row[0].double(), want, rtol=close, atol=close)
+
+
+@pytest.mark.usefixtures("foreach")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_foreach_operators_take_nothing_from_a_gradient_where_the_copy_is_the_weight(dtype: torch.dtype) -> None:
+    rows = [(g * 2.0**-12, w, w.clone(), torch.zeros_like(w)) for g, w, *_ in rows_of(torch.device("cpu"), dtype, dtype)]
+    rows = [row for row in rows if row[0].numel()]
+    before = [row[0].clone() for row in rows]
+    assert add_penalty_(rows, 1.0, None) == []
+    assert all(torch.equal(row[0], b) for row, b in zip(rows, before, strict=True))
+
+
 @interpreter
 def test_tables_follow_the_addresses() -> None:
     """New gradients at new places, as after zero_grad(set_to_none=True)."""

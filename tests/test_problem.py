@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -110,6 +111,103 @@ def test_the_exact_name_of_a_vector_prunes_it() -> None:
     assert names(problem) == ["head.bias"]
     assert "head.bias" not in problem.skipped
     assert int(problem.masks(problem.weights)[0].sum()) == 7
+
+
+class Vision(nn.Module):
+    """Everything that the defaults leave alone, around two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cls_token, self.pos_embed = nn.Parameter(torch.randn(1, 1, 16)), nn.Parameter(torch.randn(1, 4, 16))
+        self.stem, self.fc1, self.fc2 = nn.Conv2d(3, 16, 4), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.norm, self.head = nn.LayerNorm([4, 16]), nn.Linear(16, 8)
+
+
+SPARED = {"cls_token", "pos_embed", "norm.weight", "norm.bias", "stem.weight", "head.weight"}
+
+
+@pytest.mark.parametrize("rules", [{"*": "filter"}, {"fc1": "filter", "*[!d]": 0.3, "*": 0.4}, {"?*": "2:4"}])
+def test_a_wildcard_lifts_no_default_and_says_what_it_passed_by(rules: dict) -> None:
+    problem = build_problem(Vision(), sparsity=0.5, patterns=rules)
+    assert names(problem) == ["fc1.weight", "fc2.weight"]
+    for name in SPARED:
+        assert "a default that" in problem.skipped[name] and "does not lift" in problem.skipped[name]
+    text = problem.describe()
+    first = next(glob for glob in rules if glob != "fc1")
+    assert f"left alone, last layer (a default that {first!r} does not lift, its exact name does): head.weight" in text
+    assert all(name in text for name in SPARED)
+    assert problem.skipped["fc1.bias"] == "fewer than two dimensions"
+
+
+@pytest.mark.parametrize(
+    ("rules", "pruned"),
+    [
+        ({"head": "filter"}, {"head.weight": Filter()}),
+        ({"head.weight": "filter", "pos_embed": 0.3}, {"head.weight": Filter(), "pos_embed": Unstructured()}),
+        ({"*": "filter", "head": "kernel", "head.weight": "2:4"}, None),
+        ({"*": "filter", "head.weight": "2:4"}, {"fc1.weight": Filter(), "fc2.weight": Filter(), "head.weight": NM(2, 4)}),
+        ({"norm": 0.5}, {"norm.weight": Unstructured(), "norm.bias": Unstructured()}),
+    ],
+    ids=str,
+)
+def test_an_exact_name_lifts_a_default_wherever_it_stands(rules: dict, pruned: dict | None) -> None:
+    if pruned is None:
+        with pytest.raises(DualpruneError, match=r"^head\.weight: kernel needs"):
+            build_problem(Vision(), sparsity=0.5, patterns=rules)
+        return
+    problem = build_problem(Vision(), sparsity=0.5, patterns=rules)
+    found = {t.name: t.pattern for t in problem.targets}
+    assert found == {name: Unstructured() for name in ("fc1.weight", "fc2.weight")} | pruned
+
+
+def test_without_defaults_a_wildcard_reaches_everything() -> None:
+    assert {*names(build_problem(Vision(), sparsity=0.5, patterns={"*": 0.5}, ignore=()))} > SPARED
+    problem = build_problem(Vision(), sparsity=0.5, patterns={"*": "filter"}, ignore=["head"])
+    assert problem.skipped["head.weight"] == "ignored" and "stem.weight" in names(problem)
+
+
+@pytest.mark.parametrize("glob", ["head*", "*embed", "norm.*", "[sh]*"])
+def test_a_wildcard_that_only_matches_what_the_defaults_leave_alone_is_an_error(glob: str) -> None:
+    said = rf"^patterns: {re.escape(repr(glob))} reaches nothing that is pruned: a default leaves alone .*layer.*"
+    lift = r"Name exactly what is meant, such as '.*', or pass ignore=\(\)"
+    for options in ({"sparsity": 0.5, "patterns": {"fc1": "filter", glob: 0.3}}, {"patterns": {glob: 0.3}}):
+        with pytest.raises(DualpruneError, match=said + lift):
+            build_problem(Vision(), **options)
+    build_problem(Vision(), patterns={glob: 0.3}, ignore=())
+
+
+def test_a_frozen_model_is_frozen_before_its_defaults_are_in_the_way() -> None:
+    with pytest.raises(DualpruneError, match=r"nothing to prune: .*fc1\.weight, fc2\.weight.*: frozen .*exactly what is to be"):
+        build_problem(Vision().requires_grad_(False), patterns={"*": 0.5})
+    with pytest.raises(DualpruneError, match="Materialise the model first"):
+        build_problem(Vision().to("meta"), patterns={"*": 0.5})
+
+
+def weight_normed() -> nn.Module:
+    old = nn.utils.weight_norm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that it is the old one
+        middle = [old(nn.Conv2d(4, 8, 3)), nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))]
+        return nn.Sequential(old(nn.Conv2d(3, 4, 3)), *middle, nn.Conv2d(8, 4, 3))
+
+
+def test_the_gains_of_weight_norms_are_left_alone_as_norms() -> None:
+    vectors = ["1.weight_v", "2.parametrizations.weight.original1"]
+    gains = ["1.weight_g", "2.parametrizations.weight.original0"]
+    for rules in (None, {"*": 0.25}, {"1": 0.25, "2.parametrizations.weight": 0.25}):
+        problem = build_problem(weight_normed(), sparsity=0.5, patterns=rules)
+        assert names(problem) == vectors
+        assert all(problem.skipped[name].startswith("no layer's weight") for name in ["0.weight_g", *gains])
+        assert problem.skipped["0.weight_v"].startswith("first layer")
+    assert names(build_problem(weight_normed(), patterns={gains[0]: 0.5})) == gains[:1]
+    assert {*vectors, *gains} < {*names(build_problem(weight_normed(), sparsity=0.5, ignore=()))}
+
+
+def test_two_factors_are_no_weight_norm() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
+    model[1].weight_g, model[1].weight_v = nn.Parameter(torch.ones(6, 2)), nn.Parameter(torch.ones(2, 6))
+    assert names(build_problem(model, sparsity=0.5)) == ["1.weight", "1.weight_g", "1.weight_v"]
 
 
 # ---------------------------------------------------------------------- models of all sorts
@@ -327,8 +425,8 @@ def test_masks_of_mixed_patterns_have_the_shapes_of_the_weights() -> None:
         ({"patterns": {"body.0.weight": {"pattern": "filter"}}}, r"patterns\['body\.0\.weight'\]"),
         ({"patterns": {"body.0.weight": "filter"}}, r"body\.0\.weight: pattern filter needs a sparsity; give rate="),
         ({"patterns": {"stem.weight": "2:4"}}, r"^stem\.weight: 2:4 needs axis 1 to be a multiple of 4, got shape \(8, 3"),
-        ({"rate": 10, "patterns": {"head*": "block:4x1"}}, r"^head\.weight: block:4x1 does not tile"),
-        ({"rate": 10, "patterns": {"head*": "kernel"}}, r"^head\.weight: kernel needs a weight of at least 3 dimensions"),
+        ({"rate": 10, "patterns": {"head": "block:4x1"}}, r"^head\.weight: block:4x1 does not tile"),
+        ({"rate": 10, "patterns": {"head": "kernel"}}, r"^head\.weight: kernel needs a weight of at least 3 dimensions"),
         ({"rate": 10, "ignore": ["*"]}, r"nothing to prune: every parameter is left alone \(.*Pass ignore=\(\)"),
     ],
 )  # fmt: skip

@@ -173,6 +173,46 @@ def test_a_global_budget_may_ask_less_of_one_layer() -> None:
     assert "weights are zero already and stay zero" in problem.describe()
 
 
+@pytest.mark.parametrize("pattern", ["filter", "channel", "column", "kernel", "block:2x2", "pattern:4", "unstructured"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.7, 0.8, 0.85, 0.95])
+def test_a_global_budget_goes_on_from_its_own_cut(pattern: str, sparsity: float) -> None:
+    torch.manual_seed(0)
+    sizes = [(4, 8), (8, 8), (8, 24), (24, 16), (16, 40), (40, 4)]
+    model = nn.Sequential(*(nn.Conv2d(i, o, 3) for i, o in sizes))
+    options = {"patterns": {"*": pattern}, "budget": "global", "sparsity": sparsity, "ignore": ()}
+    attach(model, None, Magnitude(), **options).finish()
+    before = snapshot(model)
+    pruner = attach(model, None, Magnitude(), keep_zeros=True, **options)
+    pruner.finish()
+    assert all(
+        bool((after[old == 0] == 0).all()) for old, after in zip(before.values(), model.state_dict().values(), strict=True)
+    )
+
+
+def test_a_global_budget_still_refuses_one_unit_too_many() -> None:
+    model = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 30))
+    options = {"patterns": {"*": "filter"}, "budget": "global", "sparsity": 0.5, "ignore": (), "keep_zeros": True}
+    with torch.no_grad():
+        model[1].weight[:20] = 0  # 400 of 800; the largest unit is 20
+    attach(model, None, Magnitude(), **options).finish()
+    with torch.no_grad():
+        model[1].weight[20] = 0
+    attach(model, None, Magnitude(), **options).finish()
+    with torch.no_grad():
+        model[1].weight[21] = 0
+    with pytest.raises(DualpruneError, match=r"^0\.weight, 1\.weight: 0\.5500 of the weights .* sparsity 0\.5000 is asked"):
+        attach(model, None, Magnitude(), **options).finish()
+
+
+def test_a_tied_unit_of_a_global_budget_is_all_that_goes_at_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+    options = {"patterns": {"*": "filter"}, "budget": "global", "ignore": (), "ties": [[f"{i}.weight" for i in range(4)]]}
+    attach(model, None, Magnitude(), sparsity=0.6, **options).finish()
+    assert sum(int((w == 0).sum()) for w in (m.weight for m in model)) == 4 * 24, "4 of 6, for 2.4 may stay"
+    attach(model, None, Magnitude(), sparsity=0.6, keep_zeros=True, **options).finish()
+
+
 def test_an_odd_zero_more_is_forgiven() -> None:
     model = pruned_net(0.5, "filter")
     with torch.no_grad():

@@ -204,3 +204,8 @@ def test_a_dense_model_that_a_run_trained_is_not_measured_again_at_its_start(pub
     run(recipe, "slr", out=tmp_path / "runs")
     with pytest.raises(SystemExit, match=r"trained by \[dense\]"):
         publish.publish_table("t", [tmp_path / "runs" / recipe.name], also=("again", "training.lr=0.5"))
+
+
+def test_a_trial_that_diverged_is_named(publish: Any) -> None:
+    methods = {"slr": {"scores": {"0.1": [91.0, 92.0], "5": [None, 10.0]}}}
+    assert "slr (lr 0.1: 91.50, lr 5: diverged);" in publish.held_out({"held_out": 0.1, "grid": "0.1, 5", "methods": methods})

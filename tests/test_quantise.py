@@ -485,3 +485,13 @@ def test_int8_afterwards_keeps_the_zeros():
         assert weight.qdata.dtype == torch.int8 and not weight.qdata[zero].any()
         assert not weight.dequantize()[zero].any() and zero.sum() >= 0.89 * zero.numel()
     torch.testing.assert_close(net(x), before, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("size", [50, 200_000])  # every choice is tried, and scanned
+def test_tensors_need_not_be_on_the_default_device(size: int, bits: int) -> None:
+    w = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    expected, grid = snap(w, bits), find_grid(snap(w, bits))
+    with torch.device("meta"):
+        assert torch.equal(snap(w, bits), expected)
+        assert find_grid(expected) == grid

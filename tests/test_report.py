@@ -512,7 +512,8 @@ def test_sparsity_report_of_views_and_integers() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [({"model": {}}, "no floating tensor"), (nn.ReLU(), "no parameter"), ([1], "expects a torch.nn.Module .* got list"),
-     (nn.LazyLinear(3), "weight has no shape yet")],
+     (nn.LazyLinear(3), "weight has no shape yet"),
+     (nn.Sequential(nn.ReLU(), nn.Linear(3, 3, device="meta")), "1.weight is on the meta device .*load the weights first")],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_sparsity_report_refuses_what_it_cannot_count(source: Any, message: str) -> None:
@@ -530,6 +531,7 @@ def test_published_settings_are_called_tuned_only_where_they_are(tmp_path, monke
     spec = importlib.util.spec_from_file_location("publish", path)
     assert spec is not None and spec.loader is not None
     publish = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "publish", publish)  # where its dataclasses look for their types
     spec.loader.exec_module(publish)
     monkeypatch.setattr(publish, "ROOT", tmp_path)
     monkeypatch.setattr(publish, "draw", lambda *_: [])

@@ -224,6 +224,33 @@ def test_gradients_of_what_is_not_pruned_are_untouched(net: nn.Module, optimizer
         assert torch.equal(p.grad, own[name]) is (name not in pruned)
 
 
+@pytest.mark.parametrize("lam", [None, 0.1])
+@pytest.mark.parametrize("budget", ["uniform", "global"])
+def test_a_layer_that_keeps_everything_is_not_penalised(net: nn.Module, budget: str, lam: float | None) -> None:
+    """Neither is it asked for λ, nor for the history's."""
+    rules = {"3.weight": 0.0, "6.weight": 0.8}
+    optimizer = sgd(net)
+    pruner = attach(net, optimizer, Reweighted(lam=lam), patterns=rules, budget=budget, total_steps=40, every=5)
+    own = dict(zip((n for n, _ in net.named_parameters()), set_grads(net), strict=True))
+    pruner._before_step(optimizer, (optimizer,), {})
+    assert torch.equal(net[3].weight.grad, own["3.weight"]) and not torch.equal(net[6].weight.grad, own["6.weight"])
+    assert pruner.solver.scalars["lam"][0] == lam and pruner.solver.scalars["lam"][1] > 0
+    if lam is None:
+        train(net, optimizer, range(25), pruner)
+        assert pruner.solver.scalars["lam"][0] is None and pruner.history[-1]["lam"] > 0
+        pruner.finish()
+        assert [row["kept"] for row in pruner.layers] == [576, 230]
+
+
+def test_nothing_is_penalised_where_all_is_kept(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    pruner = attach(net, optimizer, Reweighted(), patterns={"*": 0.0}, bits=4, total_steps=40, every=5)
+    own = set_grads(net)
+    pruner._before_step(optimizer, (optimizer,), {})
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), own, strict=True))
+    train(net, optimizer, range(15), pruner)
+    assert pruner.history[-1]["lam"] is None
+
+
 def test_parameters_without_a_gradient_are_given_none(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     pruner = attach(net, optimizer, Reweighted(), rate=5, total_steps=40)
     optimizer.step()

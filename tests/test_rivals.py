@@ -59,6 +59,37 @@ def test_rigl_by_hand():
     assert rigl_update(w, grad, active, 1.0).nonzero().flatten().tolist() == [0, 1, 2, 5]
 
 
+def test_rigl_grows_no_more_than_has_a_gradient():
+    w = torch.tensor([0.0, 0, 0, 0, 1, 2, -3, 4])
+    active, none = w != 0, torch.zeros(8)
+    for share in (0.0, 0.5, 1.0):
+        assert rigl_update(w, none, active, share).tolist() == active.tolist()
+    one = torch.tensor([0.0, 0, -1, 0, 0, 0, 0, 0])  # 1 makes room for it, 2 stays
+    assert rigl_update(w, one, active, 0.5).nonzero().flatten().tolist() == [2, 5, 6, 7]
+    assert rigl_update(w, one, active, 1.0).nonzero().flatten().tolist() == [2, 5, 6, 7]
+    back = torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 0])  # dropped, and the only one with a gradient
+    assert rigl_update(w, back, active, 0.5).tolist() == active.tolist()
+
+
+@pytest.mark.parametrize("gradient", ["none", "zero", "no more"])
+def test_rigl_leaves_a_layer_alone_that_gets_no_gradient(gradient):
+    problem = layers()
+    solver = RigL(fraction=1.0, until=1.0).start(problem, Store())
+    lonely = problem.targets[1].weight
+    for step, progress in enumerate(walk(problem, 12)):
+        if gradient != "no more" or step >= 4:
+            lonely.grad = torch.zeros_like(lonely) if gradient == "zero" else None
+        lonely.detach().normal_()  # others are the smallest every time
+        cut(problem, solver)
+        before = kept_of(solver)
+        solver.penalty_(None)
+        solver.update(Clock(None, progress))
+        after = kept_of(solver)
+        assert [len(s) for s in after] == [24 - 17, 20 - 14]
+        if lonely.grad is None or not lonely.grad.any():
+            assert after[1] == before[1]
+
+
 def test_rigl_follows_its_slow_twin():
     problem, method = layers(), RigL(fraction=0.4, until=0.8)
     solver = method.start(problem, Store())
@@ -257,6 +288,42 @@ def test_perturbed_takes_the_gradient_uphill_and_puts_the_weights_back():
     with pytest.raises(ZeroDivisionError), perturbed(optimizer, 0.5):
         raise ZeroDivisionError
     assert torch.equal(x, before), "after an error too"
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_perturbed_goes_nowhere_along_a_gradient_that_overflowed(bad):
+    net = tiny_net()
+    optimizer, before = sgd(net), snapshot(net)
+    F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
+    net[3].weight.grad[0, 0, 0, 0] = bad
+    with perturbed(optimizer, 0.1):
+        assert all(torch.equal(p.detach(), before[name]) for name, p in net.named_parameters())
+        F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
+    assert all(bool(value.isfinite().all()) for value in net.state_dict().values())
+    assert all(bool(p.grad.isfinite().all()) for p in net.parameters())
+
+
+def test_batch_norm_survives_a_scaler_that_overflows_in_a_sharp_loop():
+    net = tiny_net()
+    optimizer, before = sgd(net), snapshot(net)
+    pruner = attach(net, optimizer, SAFE(), rate=4, every=3, total_steps=STEPS)
+    amp = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)
+
+    def backward(step):
+        amp.scale(100 * F.cross_entropy(net(batch(step)[0]), batch(step)[1])).backward()
+
+    for step in range(4):
+        backward(step)
+        with perturbed(optimizer, 0.1, pruner.dropped):
+            backward(step)
+        amp.step(optimizer)
+        amp.update()
+        optimizer.zero_grad()
+        if step == 0:
+            assert amp.get_scale() == 2.0**67, "skipped"
+            assert all(torch.equal(p.detach(), before[name]) for name, p in net.named_parameters())
+    assert pruner.step_count == 3
+    assert all(bool(value.isfinite().all()) for value in net.state_dict().values())
 
 
 @pytest.mark.parametrize("method", [SAFE(rho=1.0), SLR()], ids=["safe", "slr"])

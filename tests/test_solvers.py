@@ -308,6 +308,21 @@ def test_state_dtype(method: Method, weights: torch.dtype, state: torch.dtype | 
         assert all(int(torch.count_nonzero(z)) <= k for z, k in zip(solver.tensors["Z"], kept, strict=True))
 
 
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_the_penalty_leaves_the_gradient_on_the_support_as_it_is(weights: torch.dtype, scale: float | None) -> None:
+    """W = Z and Λ = 0 there; ρW and ρZ, added one after the other, would round a narrow gradient to 0."""
+    model, problem = two_layers(weights)
+    solver = ADMM(rho=1.0).start(problem, Store())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e-4)
+    with torch.no_grad():
+        solver.penalty_(None if scale is None else torch.tensor(scale))
+    for p, z in zip(model.parameters(), solver.tensors["Z"], strict=True):
+        assert torch.equal(p.grad[z != 0], torch.full_like(p.grad[z != 0], 1e-4))
+        torch.testing.assert_close(p.grad[z == 0], (scale or 1.0) * p.detach()[z == 0], rtol=0.01, atol=2e-4)
+
+
 def test_channels_last_weights_give_the_same_numbers() -> None:
     rows = []
     for layout in (torch.contiguous_format, torch.channels_last):

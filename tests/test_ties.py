@@ -254,6 +254,46 @@ def test_ties_that_are_not_one_to_one_are_named(model: nn.Module, message: str) 
     assert tied_filters(model, torch.randn(1, 1, 4, 4), ignore=["*"]) == []
 
 
+class Shared(nn.Module):
+    """Two layers of one weight: multiplied, or each added to another layer."""
+
+    def __init__(self, product: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.d, self.e = (nn.Conv2d(1, 8, 1) for _ in range(4))
+        self.b.weight = self.a.weight
+        self.head, self.other, self.product = nn.Conv2d(8, 2, 1), nn.Conv2d(8, 2, 1), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.product:
+            return self.head(self.a(x) * self.b(x))
+        return self.head(self.a(x) + self.d(x)) * 2 + self.other(self.b(x) + self.e(x)).tanh()
+
+
+def test_layers_that_share_a_weight_are_one_member_of_a_tie() -> None:
+    pytest.importorskip("torch_pruning")
+    example = torch.randn(1, 1, 4, 4)
+    product, sums = Shared(product=True), Shared(product=False)
+    assert tied_filters(product, example) == []
+    attach(product, None, Magnitude(), sparsity=0.5, patterns={"a": "filter"}, ties=tied_filters(product, example)).finish()
+    stream = ["a.weight", "d.weight", "e.weight"]
+    ties = tied_filters(sums, example)
+    assert ties == [stream, ["head.weight", "other.weight"]]
+    assert tied_filters(sums, example, ignore=["e"]) == ties[1:]
+    attach(sums, None, Magnitude(), sparsity=0.5, patterns={"*": "filter"}, ignore=(), ties=ties).finish()
+    kept = [filters_of(sums.get_parameter(name) != 0) for name in stream]
+    assert kept[0] == kept[1] == kept[2] and sum(kept[0]) == 4
+
+
+def test_computed_weights_are_told_apart() -> None:
+    """A parametrized weight is a new tensor at each look, which another may get the place of."""
+    pytest.importorskip("torch_pruning")
+    model = Residual()
+    for name in ("a2", "b2", "wide"):
+        nn.utils.parametrizations.weight_norm(model.get_submodule(name))
+    assert tied_filters(model, torch.randn(1, 1, 6, 6)) == [STREAM, DEPTH]
+
+
 def test_what_cannot_be_traced_is_said() -> None:
     pytest.importorskip("torch_pruning")
     with pytest.raises(DualpruneError, match=r"could not trace the model on this example \(RuntimeError: .*1 channels"):

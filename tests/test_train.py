@@ -8,16 +8,18 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dualprune import SLR, load_sparse, run_folder, train
-from dualprune.errors import DualpruneError, FormatError
+from dualprune import SLR, load_sparse, report, run_folder, train
+from dualprune.errors import DualpruneError, FormatError, NonFiniteError
 from dualprune.progress import Silent
 from dualprune.recipe import MethodTable, parse_recipe
 from dualprune.tasks import build_task
-from dualprune.train import Interrupted, RunError, run
+from dualprune.tasks.classification.task import Classification
+from dualprune.train import Diverged, Interrupted, RunError, run
 from helpers import TINY_RECIPE as TINY
 
 DROPOUT_NET = """
@@ -539,3 +541,124 @@ def test_dry_run_says_when_its_weights_are_not_those_of_a_run():
     assert "a global budget" not in train.dry_run(parse_recipe(TINY, ["prune.budget=global"]), "slr")
     pretrained = ["model.pretrained=true", "prune.budget=global"]
     assert "not those that pretrained = true loads" in train.dry_run(parse_recipe(TINY, pretrained), "slr")
+
+
+# --- what a run is made of ------------------------------------------------------------------------------------------------
+
+
+def npz(path, seed):
+    """A tiny MNIST: what `seed` changes is the pixels, not the labels."""
+    draw = np.random.default_rng(seed)
+    parts = {f"x_{part}": draw.integers(0, 255, (40, 28, 28), dtype=np.uint8) for part in ("train", "test")}
+    np.savez(path, **parts, **{f"y_{part}": np.arange(40) % 10 for part in ("train", "test")})
+
+
+def mnist(root, *overrides):
+    sizes = ["data={name='mnist'}", "training.batch_size=20", "dense={epochs=1, lr=0.1, batch_size=20}"]
+    return parse_recipe(TINY, [*sizes, f"data.root={root.as_posix()}", *overrides])
+
+
+def test_other_data_are_another_run_and_have_a_dense_model_of_their_own(tmp_path):
+    one, other, copied = (tmp_path / f"{name}.npz" for name in ("a", "b", "c"))
+    npz(one, 0)
+    npz(other, 1)
+    npz(copied, 0)
+    first = run(mnist(one), "oneshot", out=tmp_path)
+    with pytest.raises(Interrupted):
+        run(mnist(one), "slr", out=tmp_path, progress=KillAfter(2))
+    for label in ("oneshot", "slr"):
+        with pytest.raises(DualpruneError, match=rf"of other data, .*data_sha256 {first['data_sha256']} there"):
+            run(mnist(other), label, out=tmp_path)
+    assert run(mnist(copied), "oneshot", out=tmp_path) == first, "where they lie does not matter"
+    run(mnist(other), "oneshot", seed=1, out=tmp_path)
+    assert len(list((tmp_path / "tiny").glob("dense-*"))) == 2
+
+
+def test_folders_of_a_version_that_did_not_look_at_the_data_go_on(tmp_path, monkeypatch):
+    one = tmp_path / "a.npz"
+    npz(one, 0)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Classification, "data_sha256", lambda task: None)
+        first = run(mnist(one), "oneshot", out=tmp_path)
+        with pytest.raises(Interrupted):
+            run(mnist(one), "slr", out=tmp_path, progress=KillAfter(3))
+    (dense,) = (tmp_path / "tiny").glob("dense-*")
+    result = tmp_path / "tiny" / "oneshot-seed0" / "result.json"
+    result.write_text(json.dumps({key: value for key, value in first.items() if key != "data_sha256"}))
+    state = torch.load(result.parents[1] / "slr-seed0" / "checkpoint.pt", weights_only=True)
+    del state["data_sha256"]
+    torch.save(state, result.parents[1] / "slr-seed0" / "checkpoint.pt")
+    assert run(mnist(one), "oneshot", out=tmp_path)["cut"] == first["cut"]
+    assert run(mnist(one), "slr", out=tmp_path)["data_sha256"] == build_task(mnist(one)).data_sha256()
+    assert list((tmp_path / "tiny").glob("dense-*")) == [dense]
+
+
+@pytest.mark.parametrize(
+    "override", ["data.root=nowhere", "model.options={hiden=[3]}", "prune.patterns={'fc9*'=0.5}", "model.weights=no.pt"]
+)
+def test_starting_again_with_a_wrong_recipe_costs_nothing(tiny, tmp_path, override):
+    first = run(tiny, "oneshot", out=tmp_path)
+    with pytest.raises(DualpruneError):
+        run(parse_recipe(TINY, [override]), "oneshot", out=tmp_path, resume=False)
+    assert run(tiny, "oneshot", out=tmp_path) == first
+
+
+def test_a_fresh_run_that_was_interrupted_goes_on_without_fresh(tiny, tmp_path):
+    with pytest.raises(Interrupted, match=r"the same command without --fresh continues the run"):
+        run(tiny, "slr", out=tmp_path, progress=KillAfter(2), resume=False)
+    with pytest.raises(Interrupted, match=r"the same command continues the run"):
+        run(tiny, "slr", out=tmp_path, progress=KillAfter(2))
+
+
+def test_a_report_made_of_a_run_under_way_is_made_again_at_its_end(tiny, tmp_path):
+    page = tmp_path / "tiny" / "slr-seed0" / "report.html"
+    with pytest.raises(Interrupted):
+        run(tiny, "slr", out=tmp_path, progress=KillAfter(7))
+    assert "not finished" in report.render_run(page.parent).read_text()
+    unfinished = page.read_text()
+    run(tiny, "slr", out=tmp_path)
+    assert "not finished" not in page.read_text()
+    # killed between the result and the page
+    page.write_text(unfinished)
+    os.utime(page, (0, 0))
+    run(tiny, "slr", out=tmp_path)
+    assert "not finished" not in page.read_text()
+
+
+@pytest.mark.parametrize("name", ["dense.safetensors", "checkpoint.pt"])
+def test_an_unreadable_dense_model_names_the_folder_to_delete(tmp_path, name):
+    recipe = parse_recipe(TINY, ["dense={epochs=1, lr=0.1, batch_size=256}"])
+    run(recipe, "oneshot", out=tmp_path)
+    (place,) = (tmp_path / "tiny").glob("dense-*")
+    (place / "dense.safetensors").unlink()
+    (place / name).write_bytes(b"PK")
+    with pytest.raises(FormatError, match=rf"delete the folder {place} to train"):
+        run(recipe, "oneshot", seed=1, out=tmp_path)
+
+
+def test_a_result_that_was_cut_short_is_named(tiny, tmp_path):
+    run(tiny, "oneshot", out=tmp_path)
+    path = tmp_path / "tiny" / "oneshot-seed0" / "result.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(FormatError, match=r"result\.json, line \d+: not JSON"):
+        run(tiny, "oneshot", out=tmp_path)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_are_what_generators_take(tiny, tmp_path, seed):
+    with pytest.raises(DualpruneError, match=rf"a seed is a whole number from 0 to 2\*\*63 - 1, got {seed}"):
+        run(tiny, "oneshot", seed=seed, out=tmp_path)
+
+
+def test_a_figure_that_is_no_number_stops_the_run_like_a_loss(tiny, tmp_path, monkeypatch):
+    calls, measure = [], Classification.measure
+
+    def diverged(task, model):
+        calls.append(1)
+        if len(calls) == 3:  # the dense model, the first epoch, the second
+            raise NonFiniteError("the loss on the text is inf")
+        return measure(task, model)
+
+    monkeypatch.setattr(Classification, "measure", diverged)
+    with pytest.raises(Diverged, match=r"slr seed 0: the loss on the text is inf; the last good checkpoint is kept"):
+        run(tiny, "slr", out=tmp_path)

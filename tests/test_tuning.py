@@ -6,10 +6,13 @@ import json
 import shlex
 
 import pytest
+from safetensors.torch import save_file
 
-from dualprune import DualpruneError
 from dualprune.compare import compare, comparison_table, tune, tuning_table
+from dualprune.errors import DualpruneError, FormatError
 from dualprune.recipe import load_recipe, parse_recipe
+from dualprune.run_folder import RunError
+from dualprune.tasks import build_task
 from helpers import TINY_RECIPE
 
 TRIALS = """
@@ -38,6 +41,9 @@ def with_trials(trials, kind="slr"):
         ("[{epochs=9}]", "a trial cannot change epochs"),
         ("[{lr=0.1},{so=0.1}]", "trial 2: unknown key 'so', did you mean 's0'?"),
         ("[{s0=-1}]", "trial 1: SLR(s0) expects a positive finite number, got -1"),
+        ('[{lr="0.1"}]', "trial 1: lr: expected a number, got '0.1'"),
+        ("[{lr=true}]", "trial 1: lr: expected a number, got true"),
+        ('[{s0="0.1"}]', "trial 1: "),
         ("[{lr=0}]", "trial 1: lr: input should be greater than 0, got 0"),
         ("[{lr=0.1, rho={start=1, ende=2}}]", "trial 1: rho: unknown key 'ende', did you mean 'end'?"),
         ("{lr=0.1}", "trials: input should be a valid list"),
@@ -134,3 +140,86 @@ def test_retraining_has_a_spread_over_seeds(tmp_path):
     row = compare(recipe, ["gradual"], [0, 1], out=tmp_path)["rows"][0]
     assert row["retrained_std"] > 0 and row["n"] == 2
     comparison_table({"recipe": "tiny", "split": "test", "rows": [row]})
+
+
+# --- what diverges, and what a choice was made for -----------------------------------------------------------------------
+
+
+def test_a_trial_that_diverges_is_noted_and_the_others_go_on(tmp_path):
+    recipe = parse_recipe(TINY_RECIPE, ["training.epochs=1"])
+    table = tune(recipe, ["gradual"], [1e30, 0.05], out=tmp_path)
+    choice = table["methods"]["gradual"]
+    assert choice["scores"]["1e+30"] == [None] and choice["lr"] == 0.05
+    assert json.loads((tmp_path / "tiny/tune.json").read_text()) == table
+    assert "diverged" in list(tuning_table(table).columns[2].cells)
+    with pytest.raises(RunError, match=r"every trial of 'gradual' diverged \(1e\+30; 1e\+29\)"):
+        tune(recipe, ["gradual"], [1e30, 1e29], out=tmp_path)
+
+
+def test_a_method_that_diverges_has_its_row_and_the_others_theirs(tmp_path):
+    recipe = parse_recipe(TINY_RECIPE, ["training.epochs=1", "methods.gradual.lr=1e30"])
+    table = compare(recipe, ["gradual", "slr"], out=tmp_path)
+    gradual, slr = table["rows"]
+    assert (gradual["mean"], gradual["n"], gradual["diverged"]) == (None, 0, [0])
+    assert slr["n"] == 1 and slr["diverged"] == [] and slr["mean"] > 0
+    assert next(iter(comparison_table(table).columns[1].cells)) == "diverged"
+    page = (tmp_path / "tiny/compare.html").read_text()
+    assert ">diverged<" in page
+
+
+def test_runs_that_were_not_compared_are_left_out_of_the_page(tmp_path):
+    compare(parse_recipe(TINY_RECIPE, ["training.epochs=1", "training.lr=0.1"]), ["gradual"], [0, 1], out=tmp_path)
+    compare(parse_recipe(TINY_RECIPE, ["training.epochs=1"]), ["slr"], out=tmp_path)
+    page = (tmp_path / "tiny/compare.html").read_text()
+    assert "gradual-seed1 is not among the runs that were compared" in page
+    assert "is first of" not in page and ">gradual<" not in page
+
+
+def test_a_choice_is_for_its_weights_its_data_and_its_trials(tmp_path):
+    weights, first = tmp_path / "w.safetensors", build_task(parse_recipe(TINY_RECIPE)).model()
+    text = HEAD + '[methods.gradual]\nkind = "gradual"\ntrials = [{ lr = 0.05 }, { lr = %s }]\n'
+
+    def recipe(rate="0.1"):
+        return parse_recipe(text % rate, [f"model.weights={weights}", "training.epochs=1"])
+
+    def write(scale):
+        save_file({name: scale * value for name, value in first.state_dict().items()}, weights)
+
+    write(1.0)
+    tune(recipe(), out=tmp_path)
+    compare(recipe(), out=tmp_path, tuned=True)
+    with pytest.raises(DualpruneError, match="'gradual' was tuned among other trials"):
+        compare(recipe("0.2"), out=tmp_path, tuned=True)
+    write(2.0)
+    with pytest.raises(DualpruneError, match="'gradual' was tuned from other starting weights"):
+        compare(recipe(), out=tmp_path, tuned=True)
+    write(1.0)
+    path = tmp_path / "tiny/tune.json"
+    table = json.loads(path.read_text())
+    path.write_text(json.dumps(table).replace(table["methods"]["gradual"]["data_sha256"], "ab" * 32))
+    with pytest.raises(DualpruneError, match="'gradual' was tuned on other data"):
+        compare(recipe(), out=tmp_path, tuned=True)
+    for key in ("data_sha256", "weights_sha256", "trials"):
+        del table["methods"]["gradual"][key]
+    path.write_text(json.dumps(table))
+    compare(recipe("0.2"), out=tmp_path, tuned=True)  # one of an earlier version does not say
+
+
+@pytest.mark.parametrize(("content", "said"), [('{"methods": {', "not JSON"), ("[]", "JSON object"), ("{}", "is missing")])
+def test_a_damaged_file_of_choices_is_named(tmp_path, content, said):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/tune.json").write_text(content)
+    with pytest.raises(FormatError, match=rf"tune\.json.*{said}"):
+        compare(parse_recipe(TINY_RECIPE), ["gradual"], out=tmp_path, tuned=True)
+
+
+def test_a_table_that_cannot_be_written_is_one_clear_error(tmp_path):
+    recipe = parse_recipe(TINY_RECIPE)
+    (tmp_path / "tiny/compare.json").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"cannot write to .*tiny'.*the finished runs are kept"):
+        compare(recipe, ["oneshot"], out=tmp_path)
+
+
+def test_a_boolean_is_no_number_of_a_paper(tmp_path):
+    rows = compare(parse_recipe(TINY_RECIPE + "[paper]\noneshot = true\n"), ["oneshot"], out=tmp_path)["rows"]
+    assert rows[0]["paper"] is None

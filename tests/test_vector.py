@@ -7,8 +7,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dualprune.scratch import Scratch
 from dualprune.selection import keep_largest
-from dualprune.solvers.vector import Shifted, all_finite, ascend_, chunks, lagrangian_terms, replace_
+from dualprune.solvers.vector import (
+    Shifted,
+    all_finite,
+    ascend_,
+    chunks,
+    lagrangian_terms,
+    pull_,
+    pull_outside_,
+    replace_,
+)  # fmt: skip
 
 BIG = 3 * (1 << 17) + 5  # several chunks and a rest
 
@@ -49,6 +59,44 @@ def test_terms_and_ascent_are_those_of_one_long_vector(layout: str, dtype: torch
     expected = in_double(lam) + 0.25 * gap
     ascend_(lam, 0.25, W, Z)
     torch.testing.assert_close(in_double(lam), expected, rtol=1.01 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+@LAYOUTS
+@DTYPES
+@pytest.mark.parametrize("state", [None, torch.float32])
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_pulls_are_those_of_one_long_vector(
+    layout: str, dtype: torch.dtype, state: torch.dtype | None, scale: float | None
+) -> None:
+    room, factor = Scratch(), None if scale is None else torch.tensor(scale)
+    for outside, add_ in ((False, pull_), (True, pull_outside_)):
+        grad, W, Z, lam = (tensors(dtype if i < 2 else state or dtype, layout, i) for i in range(4))
+        for z in Z:
+            z.mul_(torch.rand(z.shape, generator=torch.Generator().manual_seed(5)) < 0.5)
+        pull = in_double(lam) + 0.25 * (in_double(W) - in_double(Z))
+        expected = in_double(grad) + (scale or 1.0) * (torch.where(in_double(Z) == 0, pull, 0) if outside else pull)
+        for piece in chunks(grad, W, Z, lam):
+            add_(*piece, 0.25, factor, room)
+        close = 8 * (scale or 1.0) * max(torch.finfo(t).eps for t in (dtype, state or dtype))
+        torch.testing.assert_close(in_double(grad), expected, rtol=close, atol=close)
+
+
+@LAYOUTS
+@DTYPES
+def test_a_pull_that_cancels_takes_nothing_from_the_gradient(layout: str, dtype: torch.dtype) -> None:
+    """The weights are a million times the gradients, as on the support late in a run."""
+    W, lam, room = tensors(dtype, layout, 0), tensors(dtype, layout, 1), Scratch()
+    for multiplier, w in zip(lam, W, strict=True):
+        multiplier.copy_(-w)
+    zeros, grad = [torch.zeros_like(w) for w in W], tensors(dtype, layout, 2)
+    for g in grad:
+        g.mul_(2.0**-20)
+    before = [g.clone() for g in grad]
+    for g, w, z, multiplier in chunks(grad, W, zeros, lam):
+        pull_(g, w, w, z, 1.0, None, room)  # W = Z, Λ = 0
+        pull_(g, w, z, multiplier, 1.0, None, room)  # Λ = −ρW, Z = 0
+        pull_outside_(g, w, z, multiplier, 1.0, None, room)
+    assert all(torch.equal(g, b) for g, b in zip(grad, before, strict=True))
 
 
 @LAYOUTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from importlib import resources
 from pathlib import Path
@@ -26,7 +27,10 @@ app = typer.Typer(
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML); docs/recipes.md has every key.")]
 Out = Annotated[Path, typer.Option(help="Folder for results; a run lies in OUT/<recipe>/<method>-seed<seed>.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.epochs=2.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start again instead of continuing or reusing what is there.")]
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="Start again instead of continuing or reusing what is there; the dense model is kept."),
+]
 Split = Annotated[str, typer.Option(help="Measure on 'test', or on 'validation' held out of training.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU if there is one by default.")]
 Methods = Annotated[str | None, typer.Option(help="Comma-separated labels of the recipe's methods; all by default.")]
@@ -54,7 +58,9 @@ def demo(
 def run(
     recipe: RecipeFile,
     method: Annotated[str | None, typer.Option(help="A label of the recipe's methods; the first by default.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the data's order; the recipe's by default.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the data's order; the recipe's by default.", min=0, max=2**63 - 1)
+    ] = None,
     out: Out = Path("runs"),
     split: Split = "test",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which layers get what, and stop.")] = False,
@@ -138,7 +144,10 @@ def tune(
     settings: dict[str, Any] = {"out": out, "resume": not fresh, "progress": _progress(), "device": device}
     table = choose(loaded, _words(methods), grid or (), _numbers(seeds, "--seeds", int), **settings)
     Console().print(tuning_table(table))
-    print(f"written to {out / loaded.name / 'tune.json'}; use it with: dualprune compare {recipe} --tuned")
+    again = ["dualprune", "compare", str(recipe), "--tuned", *(["--methods", methods] if methods else [])]
+    again += ["--out", str(out)] if out != Path("runs") else []
+    again += [part for override in set_ or () for part in ("--set", override)]
+    print(f"written to {out / loaded.name / 'tune.json'}; use it with: {shlex.join(again)}")
 
 
 @app.command()
@@ -146,11 +155,13 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a recipe's with compare.json.")],
 ) -> None:
     """Write the HTML page of a run or of a comparison again."""
-    from dualprune.report import render_comparison, render_run
-
     if not folder.is_dir():
         raise DualpruneError(f"no run folder {str(folder)!r}; it is the folder that 'dualprune run' printed")
-    print((render_comparison if (folder / "compare.json").exists() else render_run)(folder))
+    from dualprune.report import render_comparison, render_run
+    from dualprune.run_folder import saving
+
+    with saving(folder, "what the page is made of is untouched"):
+        print((render_comparison if (folder / "compare.json").exists() else render_run)(folder))
 
 
 @app.command()
@@ -210,16 +221,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_exit_code(error))
     except SystemExit as end:
         if end.code == 130:  # Typer's answer to Ctrl-C, without a word
-            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+            given = sys.argv[1:] if arguments is None else arguments
+            without = " without --fresh" if "--fresh" in given else ""
+            print(f"interrupted; the same command{without} continues from the last checkpoint", file=sys.stderr)
         raise
 
 
 def _exit_code(error: DualpruneError) -> int:
-    # the types live in a module that imports torch: if it was never imported, the error is none of them
-    train = sys.modules.get("dualprune.train")
-    if train is None:
-        return 2
-    return 130 if isinstance(error, train.Interrupted) else 1 if isinstance(error, train.RunError) else 2
+    # the types live in modules that import torch: if they were never imported, the error is none of them
+    train, run_folder = (sys.modules.get(f"dualprune.{name}") for name in ("train", "run_folder"))
+    if train is not None and isinstance(error, train.Interrupted):
+        return 130
+    return 1 if run_folder is not None and isinstance(error, run_folder.RunError) else 2
 
 
 def _name(error: DualpruneError) -> str:

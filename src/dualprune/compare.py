@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualprune.errors import DualpruneError
+from dualprune.errors import DualpruneError, FormatError
 from dualprune.files import write_json
 from dualprune.progress import Progress
-from dualprune.recipe import Recipe
+from dualprune.recipe import Recipe, check_seed
+from dualprune.report import read_json, render_comparison
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 OWN_TRIALS = "each method's own trials"
+KEPT = "the finished runs are kept"
 
 
 def compare(
@@ -50,28 +51,30 @@ def compare(
         device: Where to compute.
 
     Returns:
-        The contents of compare.json: recipe, split, paper, and one row a method.
+        The contents of compare.json: recipe, split, paper, and one row a method, with the seeds whose runs diverged.
 
     Raises:
         DualpruneError: an unknown method, unequal budgets, or no settings tuned for this recipe.
     """
-    labels, seeds = _labels(recipe, methods), list(dict.fromkeys(seeds or [recipe.seed]))
+    labels, seeds = _labels(recipe, methods), _seeds(recipe, seeds)
     root = Path(folder) if folder is not None else Path(out) / recipe.name
     if not unequal:
         check_budgets(recipe, labels)
     if tuned:
         recipe = _with_tuned(recipe, labels, root / "tune.json")
-    from dualprune.train import run
+    from dualprune.run_folder import saving
 
     settings: dict[str, Any] = {"split": split, "resume": resume, "progress": progress, "device": device}
     settings["folder"] = root
-    results = {label: [run(recipe, label, seed=seed, **settings) for seed in seeds] for label in labels}
-    rows = [summarise(recipe, label, runs) for label, runs in results.items()]
+    rows = []
+    for label in labels:
+        results = {seed: _run_or_none(recipe, label, seed=seed, **settings) for seed in seeds}
+        row = summarise(recipe, label, [result for result in results.values() if result is not None])
+        rows.append(row | {"diverged": [seed for seed, result in results.items() if result is None]})
     table = {"recipe": recipe.name, "split": split, "tuned": tuned, "rows": rows, "paper": recipe.paper}
-    write_json(root / "compare.json", table)
-    from dualprune.report import render_comparison
-
-    render_comparison(root)
+    with saving(root, KEPT):
+        write_json(root / "compare.json", table)
+        render_comparison(root)
     return table
 
 
@@ -102,34 +105,40 @@ def tune(
 
     Returns:
         The contents of tune.json: recipe, split, held_out, seeds, grid, and a method's lr, settings, scores
-        {trial: [accuracy]} and recipe_sha256, which says for what recipe that was.
+        {trial: [accuracy, or None where the run diverged]}, and what that was for: trials, recipe_sha256, weights_sha256 and
+        data_sha256.
 
     Raises:
         DualpruneError: an unknown method, an impossible grid, or neither a grid nor trials.
+        RunError: every trial of a method diverged.
     """
     labels = [label for label in _labels(recipe, methods) if recipe.epochs(label)]
-    seeds, root = list(dict.fromkeys(seeds or [recipe.seed])), Path(out) / recipe.name
+    seeds, root = _seeds(recipe, seeds), Path(out) / recipe.name
     trials = {label: _trials(recipe, label, lrs) for label in labels}
     chosen: dict[str, Any] = {}
     # one dense model serves all trials
     settings: dict[str, Any] = {"split": "validation", "dense_folder": root, "resume": resume}
     settings |= {"progress": progress, "device": device}
-    from dualprune.train import run
+    from dualprune.run_folder import RunError, saving
 
+    today = _made_of(recipe)
     for label in labels:
-        scores: dict[str, list[float]] = {}
+        scores: dict[str, list[float | None]] = {}
         for name, trial in trials[label].items():
             tried, place = recipe.with_trial(label, trial), root / "tune" / _folder(name)
-            runs = [run(tried, label, seed=seed, folder=place, **settings) for seed in seeds]
-            scores[name] = [result["cut"] for result in runs]
-        best = max(scores, key=lambda name: statistics.fmean(scores[name]))
-        trial = trials[label][best]
-        chosen[label] = {"lr": trial["lr"], "settings": trial, "scores": scores}
-        chosen[label]["recipe_sha256"] = recipe.tuning_fingerprint(label, trial)
+            runs = [_run_or_none(tried, label, seed=seed, folder=place, **settings) for seed in seeds]
+            scores[name] = [None if result is None else result["cut"] for result in runs]
+        means = {name: mean for name, values in scores.items() if (mean := _mean(values)) is not None}
+        if not means:
+            raise RunError(f"every trial of {label!r} diverged ({'; '.join(scores)}); give it lower learning rates")
+        trial = trials[label][max(means, key=lambda name: means[name])]
+        chosen[label] = {"lr": trial["lr"], "settings": trial, "scores": scores, "trials": list(trials[label].values())}
+        chosen[label] |= {"recipe_sha256": recipe.tuning_fingerprint(label, trial), **today}
     grid = list(lrs) or OWN_TRIALS
     table = {"recipe": recipe.name, "split": "validation", "held_out": recipe.data.validation, "seeds": seeds}
-    table |= {"grid": grid, "methods": _earlier_choices(recipe, root / "tune.json", grid, seeds) | chosen}
-    write_json(root / "tune.json", table)
+    table |= {"grid": grid, "methods": _earlier_choices(recipe, root / "tune.json", grid, seeds, today) | chosen}
+    with saving(root, KEPT):
+        write_json(root / "tune.json", table)
     return table
 
 
@@ -138,8 +147,8 @@ def comparison_table(table: dict[str, Any]) -> Table:
     from rich.table import Table
 
     rows = table["rows"]
-    dense = statistics.fmean(row["dense"] for row in rows)
-    title = f"{table['recipe']}: accuracy in % right after the cut ({table['split']}; dense {dense:.2f})"
+    dense = _number(_mean([row["dense"] for row in rows if row["dense"] is not None]), ".2f")
+    title = f"{table['recipe']}: accuracy in % right after the cut ({table['split']}; dense {dense})"
     # which optional columns have anything to say
     papers, retrained = any(row["paper"] is not None for row in rows), any(row["retrained"] is not None for row in rows)
     shown = Table(title=title, title_justify="left")
@@ -157,13 +166,14 @@ def comparison_table(table: dict[str, Any]) -> Table:
     ]
     for column in columns:
         shown.add_column(column, justify="right")
-    best = max(row["mean"] for row in rows)
+    best = max((row["mean"] for row in rows if row["mean"] is not None), default=None)
     for row in rows:
-        cells = [_mean_std(row["mean"], row["std"])]
+        cells = [_cut(row)]
         cells += [_mean_std(row["retrained"], row["retrained_std"])] * retrained + [_number(row["paper"], ".2f")] * papers
-        cells += [str(row["n"]), f"{row['rate']:.1f}×", str(row["epochs"]), str(row["updates"])]
-        cells += [_number(row["lr"], "g"), f"{row['seconds_mean']:.0f}"]
-        shown.add_row(row["label"], *cells, style="bold" if row["mean"] == best else "")
+        cells += [str(row["n"]), _number(row["rate"], ".1f") + "×" * (row["rate"] is not None)]
+        forms = {"epochs": "", "updates": "", "lr": "g", "seconds_mean": ".0f"}
+        cells += [_number(row[key], form) for key, form in forms.items()]
+        shown.add_row(row["label"], *cells, style="bold" if row["mean"] is not None and row["mean"] == best else "")
     return shown
 
 
@@ -176,12 +186,35 @@ def tuning_table(table: dict[str, Any]) -> Table:
     shown.add_column("lr, settings")
     shown.add_column("cut", justify="right")
     for label, choice in table["methods"].items():
-        means = {name: statistics.fmean(values) for name, values in choice["scores"].items()}
+        means = {name: _mean(values) for name, values in choice["scores"].items()}
         best = _trial_name(_chosen(choice))
         for number, (name, mean) in enumerate(means.items()):
             last = number == len(means) - 1
-            shown.add_row(label, name, f"{mean:.2f}", style="bold" if name == best else "", end_section=last)
+            cut = "diverged" if mean is None else f"{mean:.2f}"
+            shown.add_row(label, name, cut, style="bold" if name == best else "", end_section=last)
     return shown
+
+
+def _run_or_none(recipe: Recipe, label: str, *, progress: Progress | None, **settings: Any) -> dict[str, Any] | None:
+    """The result of a run, or None if it diverged, which is a result too: others go on."""
+    from dualprune.train import Diverged, run
+
+    try:
+        return run(recipe, label, progress=progress, **settings)
+    except Diverged as error:
+        if progress is not None:
+            progress.note(f"diverged, going on without it: {error}")
+        return None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None of nothing, and where a run diverged."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def _seeds(recipe: Recipe, seeds: Sequence[int] | None) -> list[int]:
+    return [check_seed(seed) for seed in dict.fromkeys(seeds or [recipe.seed])]
 
 
 def _labels(recipe: Recipe, methods: Sequence[str] | None) -> list[str]:
@@ -207,13 +240,15 @@ def _with_tuned(recipe: Recipe, labels: Sequence[str], path: Path) -> Recipe:
     """The recipe with the settings of tune.json, which must have been chosen for it."""
     if not path.exists():
         raise DualpruneError(f"--tuned: no {path}; run 'dualprune tune' first")
-    chosen = json.loads(path.read_text(encoding="utf-8"))["methods"]
+    table = _read_tuned(path)
+    chosen = table["methods"]
+    today = _made_of(recipe) if any(choice.get("data_sha256") for choice in chosen.values()) else {}
     for label in labels:
         if recipe.epochs(label):
             if label not in chosen:
                 raise DualpruneError(f"--tuned: {path} has no {label!r}, only {', '.join(chosen)}; tune it first")
-            if not _chosen_for(recipe, label, chosen[label]):
-                raise DualpruneError(f"--tuned: {path}: {label!r} was tuned under other settings; run 'dualprune tune' again")
+            if what := _other(recipe, label, chosen[label], table["grid"], today):
+                raise DualpruneError(f"--tuned: {path}: {label!r} was tuned {what}; run 'dualprune tune' again")
             recipe = recipe.with_trial(label, _chosen(chosen[label]))
     return recipe
 
@@ -222,11 +257,14 @@ def _trials(recipe: Recipe, label: str, lrs: Sequence[float]) -> dict[str, dict[
     """A method's trials by name, each with its learning rate: the grid's, or its own."""
     if lrs and min(lrs) <= 0:
         raise DualpruneError(f"a grid of learning rates above 0 is needed, as in --lr 0.02,0.05; got {list(lrs)}")
-    own = [{"lr": recipe.lr(label)} | trial for trial in recipe.method(label).trials]
-    trials = [{"lr": lr} for lr in lrs] or own
+    trials = [{"lr": lr} for lr in lrs] or _own_trials(recipe, label)
     if not trials:
         raise DualpruneError(f"nothing to try for {label!r}: give --lr 0.02,0.05, or trials in [methods.{label}]")
     return {_trial_name(trial): trial for trial in trials}
+
+
+def _own_trials(recipe: Recipe, label: str) -> list[dict[str, Any]]:
+    return [{"lr": recipe.lr(label)} | trial for trial in recipe.method(label).trials]
 
 
 def _trial_name(trial: Mapping[str, Any]) -> str:
@@ -243,50 +281,79 @@ def _chosen(choice: Mapping[str, Any]) -> dict[str, Any]:
     return dict(choice.get("settings") or {"lr": choice["lr"]})
 
 
-def _chosen_for(recipe: Recipe, label: str, choice: Mapping[str, Any]) -> bool:
-    """Whether the choice was made for this recipe; one of an earlier version does not say, and is taken at its word."""
+def _made_of(recipe: Recipe) -> dict[str, str | None]:
+    """What a choice is made on besides what the recipe says: the starting weights and the data."""
+    from dualprune.tasks import build_task
+
+    return {"weights_sha256": recipe.weights_sha256(), "data_sha256": build_task(recipe).data_sha256()}
+
+
+def _read_tuned(path: Path) -> dict[str, Any]:
+    table = read_json(path, {"methods": dict, "seeds": list}) or {}
+    if missing := [key for key in ("methods", "grid", "seeds") if key not in table]:
+        raise FormatError(f"{path}: {missing[0]!r} is missing; delete it and run 'dualprune tune' again")
+    return table
+
+
+def _other(
+    recipe: Recipe, label: str, choice: Mapping[str, Any], grid: list[float] | str, today: Mapping[str, str | None]
+) -> str | None:
+    """What a choice was made under, if not for this recipe; one of an earlier version says less, and is taken at its word."""
     if "recipe_sha256" not in choice:
-        return True
-    return label in recipe.methods and choice["recipe_sha256"] == recipe.tuning_fingerprint(label, _chosen(choice))
+        return None
+    if label not in recipe.methods or choice["recipe_sha256"] != recipe.tuning_fingerprint(label, _chosen(choice)):
+        return "under other settings"
+    for key, what in (("weights_sha256", "from other starting weights"), ("data_sha256", "on other data")):
+        if choice.get(key) and choice[key] != today.get(key):
+            return what
+    if grid == OWN_TRIALS and "trials" in choice and choice["trials"] != _own_trials(recipe, label):
+        return "among other trials"
+    return None
 
 
-def _earlier_choices(recipe: Recipe, path: Path, grid: list[float] | str, seeds: list[int]) -> dict[str, Any]:
+def _earlier_choices(
+    recipe: Recipe, path: Path, grid: list[float] | str, seeds: list[int], today: Mapping[str, str | None]
+) -> dict[str, Any]:
     """What an earlier call chose for other methods, if it had the same grid, seeds and recipe."""
     if not path.exists():
         return {}
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = _read_tuned(path)
     if (earlier["grid"], earlier["seeds"]) != (grid, seeds):
         return {}
-    return {label: choice for label, choice in earlier["methods"].items() if _chosen_for(recipe, label, choice)}
+    methods = earlier["methods"].items()
+    return {label: choice for label, choice in methods if _other(recipe, label, choice, grid, today) is None}
 
 
 def summarise(recipe: Recipe, label: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One method's line: the cut accuracies over its seeds, and what they cost."""
-    cut, first = [result["cut"] for result in runs], runs[0]
+    """One method's line: the cut accuracies over its seeds, and what they cost; None where no run has finished."""
+    cut = [result["cut"] for result in runs]
     retrained = [result["retrained"] for result in runs if result["retrained"] is not None]
     paper = recipe.paper.get(label)
+    shared = ("lr", "epochs", "steps", "updates", "batch_size", "rate", "rate_model")
     return {
         "label": label,
-        "method": first["method"],
+        "method": runs[0]["method"] if runs else repr(recipe.method(label).build()),
         "seeds": [result["seed"] for result in runs],
         "n": len(cut),
-        "mean": statistics.fmean(cut),
+        "mean": _mean(cut),
         "std": statistics.stdev(cut) if len(cut) > 1 else None,
         "cut": cut,
-        "retrained": statistics.fmean(retrained) if retrained else None,
+        "retrained": _mean(retrained),
         "retrained_std": statistics.stdev(retrained) if len(retrained) > 1 else None,
-        "dense": statistics.fmean(result["dense"] for result in runs),
-        "paper": paper if isinstance(paper, int | float) else None,
-        "lr": first["lr"],
-        "epochs": first["epochs"],
-        "steps": first["steps"],
-        "updates": first["updates"],
-        "batch_size": first["batch_size"],
-        "seconds_mean": statistics.fmean(result["seconds"] for result in runs),
-        "peak_memory_mb": max(result["peak_memory_mb"] for result in runs),
-        "rate": first["rate"],
-        "rate_model": first["rate_model"],
+        "dense": _mean([result["dense"] for result in runs]),
+        "paper": paper if isinstance(paper, int | float) and not isinstance(paper, bool) else None,
+        **{key: runs[0][key] if runs else None for key in shared},
+        "seconds_mean": _mean([result["seconds"] for result in runs]),
+        "peak_memory_mb": max((result["peak_memory_mb"] for result in runs), default=None),
+        "recipe_sha256": [result["recipe_sha256"] for result in runs],
     }
+
+
+def _cut(row: Mapping[str, Any]) -> str:
+    diverged = len(row.get("diverged") or ())
+    if row["mean"] is None:
+        return "diverged" if diverged else "–"
+    return _mean_std(row["mean"], row["std"]) + f" ({diverged} diverged)" * bool(diverged)
 
 
 def _mean_std(mean: float | None, std: float | None) -> str:

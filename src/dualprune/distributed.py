@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -516,13 +516,17 @@ class Ranks(NamedTuple):
         """Return the model to call in training: gradients are averaged over the ranks."""
         return model if self.size == 1 else DistributedDataParallel(model)
 
-    def share(self, batch: tuple[Any, ...]) -> tuple[Any, float]:
+    def share(self, batch: tuple[Any, Any], cut: Callable[[tuple[Any, Any], int, int], Any]) -> tuple[Any, float]:
         """Return this rank's part of a batch, and what the mean loss over it counts in the mean of the ranks' losses.
 
         Parts are equal where the number of samples divides; then every weight is 1.
 
+        Args:
+            batch: its first item has one entry a sample.
+            cut: `cut(batch, start, stop)` returns the samples from start up to stop; only the batch's task knows how.
+
         Raises:
-            DualpruneError: there are fewer samples than ranks, or something in the batch has not one entry a sample.
+            DualpruneError: there are fewer samples than ranks.
         """
         if self.size == 1:
             return batch, 1.0
@@ -530,17 +534,7 @@ class Ranks(NamedTuple):
         if count < self.size:
             raise DualpruneError(f"{self.size} ranks cannot share a batch of {count}: raise training.batch_size, or use fewer")
         start, stop = count * self.rank // self.size, count * (self.rank + 1) // self.size
-        return self._part(batch, count, slice(start, stop)), (stop - start) * self.size / count
-
-    def _part(self, item: Any, count: int, part: slice) -> Any:
-        if isinstance(item, tuple):
-            return tuple(self._part(i, count, part) for i in item)
-        if not isinstance(item, Tensor | list) or len(item) != count:
-            raise DualpruneError(
-                f"several ranks share a batch of {count} samples, but it holds a {type(item).__name__} that has not one entry "
-                "a sample: run this recipe on one device"
-            )
-        return item[part]
+        return cut(batch, start, stop), (stop - start) * self.size / count
 
     def turn(self, batches: Iterable[Any] | None) -> Iterator[Any] | None:
         """Return this rank's share of batches: every `size`-th."""

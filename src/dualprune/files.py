@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """Write `rows` to `path` atomically, one JSON object a line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def listing_sha256(top: str | Path, files: Iterable[str | Path]) -> str:
+    """SHA-256 of the names under `top` and the sizes of files, in their order: what a folder of data is, without reading it."""
+    listed = [(Path(file).relative_to(top).as_posix(), Path(file).stat().st_size) for file in files]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
 def _umask() -> int:

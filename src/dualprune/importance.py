@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import ASGD, Adamax, Optimizer
 
 from dualprune.errors import DualpruneError, suggest
 
 IMPORTANCES = ("magnitude", "second-moment")
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg")  # as Adam and its kin, and RMSprop, call them
+_LOOKALIKES = (Adamax, ASGD)  # have a β₂, or an α, for something else
 
 
 class SecondMoment:
@@ -24,14 +26,18 @@ class SecondMoment:
         optimizer: the optimizer of the loop; its state is read where it lies, and costs no memory of its own.
 
     Raises:
-        DualpruneError: the optimizer keeps no second moments.
+        DualpruneError: the optimizer keeps no second moments; at its first step that leaves a state, where only that tells.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:
         keeps = optimizer is not None and bool({"betas", "alpha"} & optimizer.defaults.keys())
-        if optimizer is None or not keeps:
+        if optimizer is None or not keeps or isinstance(optimizer, _LOOKALIKES):
             raise _no_moments(optimizer)
         self.optimizer = optimizer
+        self._looked = False
+        self._look()
+        if not self._looked:
+            _look_after_steps(self)
 
     def weigh(self, weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> list[Tensor]:
         """Return `values`, one tensor a weight, times √v in float32; as they are before the first step, which makes v."""
@@ -39,6 +45,15 @@ class SecondMoment:
         if not any(states):
             return list(values)
         return [_rooted(self._second_moment(s), v) * v for s, v in zip(states, values, strict=True)]
+
+    def _look(self) -> None:
+        """Raise if the optimizer's state, once there is one, has no second moments."""
+        if self._looked:
+            return
+        states = [state for state in self.optimizer.state.values() if state]
+        self._looked = bool(states)
+        if states and not any(name in state for state in states for name in _SECOND_MOMENTS):
+            raise _no_moments(self.optimizer)
 
     def _second_moment(self, state: dict[str, Tensor]) -> Tensor | None:
         if not state:
@@ -55,6 +70,17 @@ def check_importance(name: str) -> str:
         near = suggest(str(name), IMPORTANCES)
         raise DualpruneError(f"expected importance to be one of {', '.join(IMPORTANCES)}; got {name!r}{near}")
     return name
+
+
+def _look_after_steps(moments: SecondMoment) -> None:
+    """Have the first step that leaves a state looked at."""
+    alive = ref(moments)  # what an attach() that failed leaves behind keeps silent
+
+    def look(*_: object) -> None:  # a hook cannot remove itself while torch walks through them
+        if (mine := alive()) is not None:
+            mine._look()
+
+    moments.optimizer.register_step_post_hook(look)
 
 
 def _rooted(moment: Tensor | None, like: Tensor) -> Tensor:

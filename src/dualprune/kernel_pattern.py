@@ -41,9 +41,9 @@ def learn_patterns(kernels: Iterable[Tensor], entries: int, count: int) -> list[
         entries: positions a pattern keeps.
         count: how many patterns at most; fewer if fewer hold all kernels.
     """
-    votes = sum((_votes(k, entries) for k in kernels), torch.zeros(1 << POSITIONS, dtype=torch.int64))
-    codes = torch.tensor([sum(1 << p for p in chosen) for chosen in candidates(entries)])
-    holds = (torch.arange(1 << POSITIONS) & ~codes[:, None]) == 0
+    votes = sum((_votes(k, entries) for k in kernels), torch.zeros(1 << POSITIONS, dtype=torch.int64, device="cpu"))
+    codes = torch.tensor([sum(1 << p for p in chosen) for chosen in candidates(entries)], device="cpu")
+    holds = (torch.arange(1 << POSITIONS, device="cpu") & ~codes[:, None]) == 0
     votes[0] = 0  # a kernel of zeros fits everywhere
     found: list[int] = []
     while not found or (len(found) < count and bool(votes.any())):
@@ -60,7 +60,7 @@ def best_patterns(squares: Tensor, patterns: Sequence[Positions]) -> tuple[Tenso
     """
     lost = torch.stack([squares[:, [i for i in range(POSITIONS) if i not in p]].sum(1) for p in patterns], 1)
     least, best = lost.min(1)
-    table = torch.zeros(len(patterns), POSITIONS, dtype=torch.bool)
+    table = torch.zeros(len(patterns), POSITIONS, dtype=torch.bool, device="cpu")
     for row, pattern in zip(table, patterns, strict=True):
         row[list(pattern)] = True
     mask = table.to(squares.device)[best]

@@ -20,6 +20,7 @@ Row = tuple[Tensor, ...]  # gradient, W, Z, Λ of one weight
 Addresses = tuple[tuple[int, ...], ...]
 
 DIGIT = 11  # bits settled by a pass, at most: 3 passes for float32, 2 for 16 bits, 6 for float64
+_BATCH = 1 << 22  # elements that foreach operators make results for at a time
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,7 +29,8 @@ def add_penalty_(rows: Sequence[Row], rho: float, scale: Tensor | None, outside:
 
     `outside` adds it only where Z is zero, which takes Triton.
     Taken are rows whose four tensors lie on one GPU, densely and in one memory layout. With Triton that is one launch for all
-    rows of the same dtypes: five passes over memory, the sum formed in float32. Without it, three foreach operators.
+    rows of the same dtypes: five passes over memory, the sum formed in float32. Without it, three foreach operators for
+    every 2^22 elements or larger weight, whose results the device's allocator uses again.
     """
     left: list[Row] = []
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -42,10 +44,10 @@ def add_penalty_(rows: Sequence[Row], rho: float, scale: Tensor | None, outside:
         if _has_triton(device) and all(t.dtype in _FLOATS for t in group[0]):
             _launch_penalty(group, rho, factor, outside)
         elif not outside and factor is None and len({t.dtype for t in group[0]}) == 1:
-            grads, W, Z, lam = (list(column) for column in zip(*group, strict=True))
-            torch._foreach_add_(grads, lam)
-            torch._foreach_add_(grads, W, alpha=rho)
-            torch._foreach_add_(grads, Z, alpha=-rho)
+            for batch in _batches(group):
+                grads, W, Z, lam = (list(column) for column in zip(*batch, strict=True))
+                pulls = torch._foreach_add(lam, torch._foreach_sub(W, Z), alpha=rho)  # first: see `solvers.vector.pull_`
+                torch._foreach_add_(grads, pulls)
         else:
             left += group
     return left
@@ -106,6 +108,20 @@ def _alike(row: Row) -> bool:
         return False
     same = all(t.device == first.device and t.stride() == first.stride() for t in row)
     return same and first.numel() > 0 and _dense(first)
+
+
+def _batches(rows: Sequence[Row]) -> list[list[Row]]:
+    """Split the rows, in order, into runs of at most `_BATCH` elements; a larger row is by itself."""
+    runs: list[list[Row]] = []
+    room = 0
+    for row in rows:
+        size = row[0].numel()
+        if size > room:
+            runs.append([])
+            room = _BATCH
+        runs[-1].append(row)
+        room -= size
+    return runs
 
 
 def _dense(t: Tensor) -> bool:

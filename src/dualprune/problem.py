@@ -149,11 +149,7 @@ class Problem:
             lines.append(f"  no threshold is shared between {' and '.join(sorted(kinds))}: each keeps its own share")
         if self.frozen is not None:
             lines.append(f"  {sum(count_nonzero(self.frozen)):,} weights are zero already and stay zero")
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            lines.append(f"  left alone, {reason}: {_some(names)}")
+        lines += [f"  left alone, {reason}: {_some(names)}" for reason, names in _by_reason(self.skipped).items()]
         return "\n".join(lines)
 
 
@@ -177,10 +173,11 @@ def build_problem(
         rate: how many times fewer weights in the pruned layers (10 keeps a tenth); or
         sparsity: the fraction removed, 0.9. Without either, only parameters that `patterns` names are pruned.
         patterns: globs over parameter names → a pattern ("2:4", Filter()), a sparsity (0.9), or both (("filter", 0.5)).
-            The first glob that matches a name (or its module's, or a tied parameter's other one) decides;
-            parameters of fewer than two dimensions are reached by their exact name only.
+            The first glob that matches a name (or its module's, or a tied parameter's other one) decides. What the defaults
+            of `ignore` leave alone is reached by an exact name, the parameter's or its module's, and by no wildcard;
+            parameters of fewer than two dimensions, and gains of weight norms, by their own exact name only.
         ignore: globs of parameters to leave alone; None leaves the first and last layer and what is no layer's weight (norms,
-            class tokens, position embeddings, bias tables), () none of them.
+            gains, class tokens, position embeddings, bias tables), () none of them.
         budget: "uniform", "erk", "global" or "lamp"; a sparsity given in `patterns` is not touched by it.
         bits: 2 to 8 to end on a grid of so many bits as well: a number for all that is pruned, or globs over names → numbers,
             the first match decides. A weight that is only to be quantised is pruned at sparsity 0.
@@ -189,7 +186,8 @@ def build_problem(
         ties: lists of names of parameters whose units are kept or dropped together, ranked by the sum of their energies.
 
     Raises:
-        DualpruneError: a glob matches nothing, a pattern does not fit, nothing is left to prune, or a tie cannot be kept.
+        DualpruneError: a glob matches nothing, or nothing but what the defaults leave alone; a pattern does not fit;
+            nothing is left to prune; or a tie cannot be kept.
     """
     asked = resolve_sparsity(rate, sparsity)
     check_budget(budget)
@@ -200,19 +198,27 @@ def build_problem(
         if name != home:
             aliases[home] = (*aliases.get(home, ()), name)
     skipped = {name: "fewer than two dimensions" for name, p in named.items() if _dims(p) < 2}
+    gains, lone = _gains(model), set(skipped)
+    defaults: dict[str, str] = {}
     if ignore is None:
-        beside = _beside_layers(model)
-        skipped |= {name: "no layer's weight" for name, p in named.items() if _dims(p) >= 2 and id(p) in beside}
+        beside = _beside_layers(model) | gains
+        defaults = {name: "no layer's weight" for name, p in named.items() if name not in lone and id(p) in beside}
+        lone |= {name for name in defaults if id(named[name]) in gains}
+        skipped |= defaults
     ignored = _ignored([home for home in homes.values() if home not in skipped], homes, ignore)
+    if ignore is None:
+        defaults |= ignored
     owned = None if trainable is None else {id(p) for p in trainable}
     _all_match([glob for glob, *_ in rules], homes, "patterns")
 
     targets: list[Target] = []
     for name, weight in named.items():
         names = (name, *aliases.get(name, ()))
-        rule = next(((p, s) for glob, p, s in rules if _reaches(glob, names, weight)), None)
-        if (rule is None and name in skipped) or (reason := _unfit(weight, owned)):
-            skipped[name] = skipped.get(name) or reason
+        rule = next(((p, s) for glob, p, s in rules if _reaches(glob, names, name in lone, name in defaults)), None)
+        if rule is None and name in skipped:
+            continue
+        if reason := _unfit(weight, owned):
+            skipped[name] = reason
         elif name in ignored and (rule is None or ignore is not None):
             skipped[name] = ignored[name]
         elif rule is None and asked is None:
@@ -221,6 +227,15 @@ def build_problem(
             pattern, own = rule or (None, None)
             targets.append(_target(name, weight, pattern, own, asked, budget, aliases.get(name, ())))
             skipped.pop(name, None)
+    spared = {name: reason for name, reason in defaults.items() if skipped.get(name) == reason}
+    others = {name for name in named if name not in lone | spared.keys()}
+    pruned = {t.name for t in targets} - lone
+    for glob, *_ in reversed(rules):
+        passed = {name: why for name, why in spared.items() if _matches_any(glob, (name, *aliases.get(name, ())))}
+        wanted = pruned or others  # where nothing at all is pruned, others may be left alone for a reason of their own
+        if passed and not any(_matches_any(glob, (name, *aliases.get(name, ()))) for name in wanted):
+            raise DualpruneError(_passed_by(glob, passed))
+        skipped |= {name: f"{why} (a default that {glob!r} does not lift, its exact name does)" for name, why in passed.items()}
     if not targets:
         raise DualpruneError(_nothing_left(skipped, asked, bool(rules)))
     targets = _with_bits(targets, bits, homes, skipped)
@@ -275,14 +290,21 @@ def _with_bits(
     rules = {glob: check_bits(b, f"bits[{glob!r}]") for glob, b in bits.items()}
     _all_match(list(rules), names, "bits")
     for glob in rules:
-        if not any(_matches(glob, n) for t in targets for n in (t.name, *t.aliases)):
+        if not any(_matches_any(glob, (t.name, *t.aliases)) for t in targets):
             name = next(home for n, home in names.items() if _matches(glob, n))
             raise DualpruneError(
                 f"bits: {glob!r} reaches nothing that is pruned: {name} is left alone, {skipped[name]}. To quantise without "
                 f"pruning it, give it sparsity 0: patterns={{{name!r}: 0.0}}"
             )
-    reach = [next((b for g, b in rules.items() if any(_matches(g, n) for n in (t.name, *t.aliases))), None) for t in targets]
+    reach = [next((b for g, b in rules.items() if _matches_any(g, (t.name, *t.aliases))), None) for t in targets]
     return [replace(t, bits=b) for t, b in zip(targets, reach, strict=True)]
+
+
+def _by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
 
 
 def _some(names: Sequence[str]) -> str:
@@ -341,19 +363,25 @@ def _pool_masks(groups: Sequence[Sequence[Member]], sparsity: float) -> list[Ten
 
 def check_frozen(problem: Problem) -> None:
     """Refuse zeros beyond those asked for; a stray one in a thousand weights is forgiven."""
-    asked: dict[tuple[Pattern, float] | str, list[tuple[Target, Tensor]]] = {}
-    for target, zeros in zip(problem.targets, problem.frozen or (), strict=True):
-        asked.setdefault((target.pattern, target.sparsity) if target.pooled else target.name, []).append((target, zeros))
-    for layers in asked.values():
-        total = sum(z.numel() for _, z in layers)
-        there = sum(count_nonzero([z for _, z in layers]))
-        shapes = [(t.pattern, tuple(z.shape), t.sparsity) for t, z in layers]
-        kept = sum(p.kept(shape, s) * p.weights_per_unit(shape) for p, shape, s in shapes)
-        if there > total - kept + total // 1000:
-            names = ", ".join(t.name for t, _ in layers[:3]) + (", …" if len(layers) > 3 else "")
+    sizes = [t.pattern.weights_per_unit(tuple(t.weight.shape)) for t in problem.targets]
+    together = {i: sum(sizes[j] for j in group) for group in problem._groups() for i in group}
+    asked: dict[object, list[int]] = {}
+    for i, t in enumerate(problem.targets):
+        asked.setdefault((t.pattern, t.sparsity, t.weight.device, t.weight.dtype) if t.pooled else i, []).append(i)
+    zeros = count_nonzero(problem.frozen or [])
+    for members in asked.values():
+        layers = [problem.targets[i] for i in members]
+        total, there = sum(t.weight.numel() for t in layers), sum(zeros[i] for i in members)
+        head = layers[0]
+        if head.pooled:  # the cut goes on until what is left fits, so the last unit may take it below what was asked
+            removed, over = head.sparsity * total, max(together[i] for i in members)
+        else:
+            removed, over = total - head.pattern.kept(tuple(head.weight.shape), head.sparsity) * sizes[members[0]], 0.0
+        if there > removed + over + total // 1000:
+            names = ", ".join(t.name for t in layers[:3]) + (", …" if len(layers) > 3 else "")
             raise DualpruneError(
                 f"{names}: {there / total:.4f} of the weights are zero already and keep_zeros keeps them, but sparsity "
-                f"{1 - kept / total:.4f} is asked for: ask for more (it counts against the dense size), or leave keep_zeros out"
+                f"{removed / total:.4f} is asked for: ask for more (it counts against the dense size), or leave keep_zeros out"
             )
 
 
@@ -441,6 +469,25 @@ def _ignored(prunable: Sequence[str], homes: Mapping[str, str], ignore: Iterable
     return {home: "ignored" for name, home in homes.items() if any(_matches(g, name) for g in globs)}
 
 
+def _gains(model: nn.Module) -> set[int]:
+    """Return the ids of weight norms' gains, old or parametrized: one factor per slice of the direction beside it."""
+    gains: set[int] = set()
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        for name, gain in own.items():
+            direction = own.get(f"{name[:-2]}_v" if name.endswith("_g") else "original1" if name == "original0" else "")
+            if direction is not None and _is_gain(gain, direction):
+                gains.add(id(gain))
+    return gains
+
+
+def _is_gain(gain: nn.Parameter, direction: nn.Parameter) -> bool:
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in (gain, direction)) or gain.ndim != direction.ndim:
+        return False
+    fits = all(g in (1, d) for g, d in zip(gain.shape, direction.shape, strict=True))
+    return fits and sum(g > 1 for g in gain.shape) < 2
+
+
 def _beside_layers(model: nn.Module) -> set[int]:
     """Return the ids of the parameters of two or more dimensions that are no layer's weight, by module, name or shape."""
     beside: set[int] = set()
@@ -458,9 +505,15 @@ def _matches(glob: str, name: str) -> bool:
     return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)
 
 
-def _reaches(glob: str, names: Sequence[str], weight: nn.Parameter) -> bool:
-    """Tell whether a rule means this parameter; a glob never catches those of fewer than two dimensions by accident."""
-    return any(_matches(glob, name) for name in names) if _dims(weight) >= 2 else glob in names
+def _matches_any(glob: str, names: Iterable[str]) -> bool:
+    return any(_matches(glob, name) for name in names)
+
+
+def _reaches(glob: str, names: Sequence[str], lone: bool, spared: bool) -> bool:
+    """Tell whether a rule means this parameter: one in `lone` by its own name, one `spared` by default by no wildcard."""
+    if lone or (spared and any(c in glob for c in "*?[")):
+        return glob in names
+    return _matches_any(glob, names)
 
 
 def _dims(weight: nn.Parameter) -> int:
@@ -492,10 +545,24 @@ def _unfit(weight: nn.Parameter, owned: set[int] | None) -> str:
 def _nothing_left(skipped: Mapping[str, str], asked: float | None, ruled: bool) -> str:
     if asked is None and not ruled:
         return "nothing to prune: give rate=10, sparsity=0.9 or patterns={glob: pattern}"
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:6])
+    reasons = "; ".join(f"{_some(names)}: {reason}" for reason, names in _by_reason(skipped).items())
     if UNMADE in skipped.values():
         return (
             f"nothing to prune: every parameter is left alone ({reasons}). Materialise the model first, by "
             "model.to_empty(device=…) and its weights, or by a forward pass of lazy modules, and then attach"
         )
-    return f"nothing to prune: every parameter is left alone ({reasons}). Pass ignore=() to prune first and last layers too"
+    return (
+        f"nothing to prune: every parameter is left alone ({reasons}). Pass ignore=() to prune first and last layers too, or "
+        "name in patterns exactly what is to be pruned"
+    )
+
+
+def _passed_by(glob: str, spared: Mapping[str, str]) -> str:
+    """Say that a glob comes to nothing, because a default leaves alone all that it matches."""
+    first = next(iter(spared))
+    exact = " or ".join(repr(name) for name in (first, first.rpartition(".")[0]) if name)
+    return (
+        f"patterns: {glob!r} reaches nothing that is pruned: a default leaves alone "
+        f"{_some([f'{name} ({reason})' for name, reason in spared.items()])}, and a wildcard does not lift it. Name exactly "
+        f"what is meant, such as {exact}, or pass ignore=() to lift all defaults"
+    )

@@ -67,6 +67,7 @@ def attach(
         rate: how many times fewer weights in the pruned layers (10 keeps a tenth); or
         sparsity: the fraction removed (0.9). Without either, only what `patterns` names is pruned.
         patterns: globs over parameter names → "2:4", Filter(), 0.9 or (pattern, sparsity); the first match decides.
+            What None for `ignore` leaves alone is reached by its exact name, or its module's, and by no wildcard.
         ignore: globs left alone; None leaves the first and last layer and what is no layer's weight, such as position
             embeddings (and says so); () prunes every parameter of two or more dimensions.
         budget: how `rate` spreads over layers: "uniform", "erk", "global" (one threshold for all) or "lamp" (one threshold
@@ -77,7 +78,7 @@ def attach(
             pruned, or globs → numbers. Held weights follow the steps from level to level; after finish() they stay.
         every: optimizer steps between updates of multipliers or masks; None takes the method's own.
         total_steps: optimizer steps of the whole run; needed by methods with schedules (the defaults have them).
-        state_dtype: dtype of Z and Λ, such as torch.bfloat16 to halve them; None: that of the weights.
+        state_dtype: dtype of Z and Λ, of 16, 32 or 64 bits, such as torch.bfloat16 to halve them; None: that of the weights.
         state_device: where Z and Λ live, such as "cpu"; None: beside the weights. They are fetched at each step.
         keep_zeros: weights that are zero now stay zero from here on, and count towards the rate: pruning goes on from a
             pruned model. Without it every zero may come back.
@@ -107,6 +108,7 @@ def attach(
         raise DualpruneError(f"{type(method).__name__} moves with the run: pass total_steps=epochs * len(loader)")
     every = _check_steps("every", every) or _default_every(method, total_steps)
     _check_room(method, every, total_steps)
+    _check_state_dtype(state_dtype)
     trainable = None if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
     problem = build_problem(
         model, rate=rate, sparsity=sparsity, patterns=patterns, ignore=ignore, budget=budget, bits=bits, trainable=trainable,
@@ -656,10 +658,29 @@ def _check_room(method: Method, every: int, total_steps: int | None) -> None:
     if total_steps is None or isinstance(method, Magnitude):
         return
     end = total_steps if method.hold_from == math.inf else math.ceil(method.hold_from * total_steps) - 1
-    if every > end:
+    if every <= end:
+        return
+    what = f"{type(method).__name__}(hold={1 - method.hold_from:g})"
+    if method.hold_from <= 0:
+        raise DualpruneError(f"{what} fixes the masks from the first step on and leaves no update: take a smaller hold")
+    if end < 1:
         raise DualpruneError(
-            f"every={every} leaves no update in the {end} of {total_steps} steps before the masks are fixed: take a smaller one"
+            f"total_steps={total_steps} leaves no update before {what} fixes the masks: it takes at least "
+            f"{math.floor(1 / method.hold_from) + 1} steps, or a smaller hold"
         )
+    raise DualpruneError(
+        f"every={every} leaves no update in the {end} of {total_steps} steps before the masks are fixed: take a smaller one"
+    )
+
+
+def _check_state_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        return
+    meant = getattr(torch, str(dtype), None)
+    hint = f"; did you mean {meant}?" if isinstance(meant, torch.dtype) else ""
+    raise DualpruneError(
+        f"state_dtype is a float dtype of 16, 32 or 64 bits such as torch.bfloat16, or None, got {dtype!r}{hint}"
+    )
 
 
 def _check_optimizer(optimizer: Optimizer, method: Method) -> None:
@@ -698,11 +719,14 @@ def _scale(meta: Mapping[str, Any], name: str) -> float:
 
 
 def _say(text: str) -> None:
-    """Log at INFO; where nobody has set logging up, to stderr, because defaults are never silent."""
-    if not logger.handlers and not logging.getLogger().handlers:
+    """Log at INFO; where nobody has set logging up, or only for warnings, to stderr, because defaults are never silent."""
+    unset, heard = logger.level == logging.NOTSET, logger.isEnabledFor(logging.INFO)
+    if not logger.handlers and not logging.getLogger().handlers and (unset or heard):
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("dualprune: %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+    elif unset and not heard and logger.manager.disable < logging.INFO:
+        print(f"dualprune: {text}", file=sys.stderr)  # a handler here would keep our warnings from those of the root
     logger.info(text)

@@ -142,7 +142,7 @@ def find_grid(values: Tensor, bits: int = MOST_BITS) -> Grid | None:
     if not len(magnitudes) or not bool(magnitudes.isfinite().all()):
         return None
     m = magnitudes.double()
-    tops = torch.arange(1, top + 1, dtype=torch.float64)
+    tops = torch.arange(1, top + 1, dtype=torch.float64, device="cpu")
     codes = (m / m[-1] * tops[:, None]).round()  # one row for every code the largest magnitude can have
     for _ in range(2):  # in 16 bits the largest is rounded itself, the mean over all is nearer to the scale
         codes = (m / _least_squares(m, codes)[:, None]).round()
@@ -183,17 +183,18 @@ def _histogram(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the middles (float64) and counts of equal bins from 0 to the largest magnitude."""
     width = float(x.max()) / _BINS
     counts = torch.bincount((x / width).int().clamp_(0, _BINS - 1), minlength=_BINS).cpu()
-    return (torch.arange(_BINS, dtype=torch.float64) + 0.5) * width, counts.double()
+    return (torch.arange(_BINS, dtype=torch.float64, device="cpu") + 0.5) * width, counts.double()
 
 
 def _best_of_scan(points: Tensor, counts: Tensor, top: int) -> float:
     """Return the best of two rounds of scales: from half the mean over T to the largest, then around the best of these."""
-    codes = torch.arange(1, top + 1, dtype=torch.float64)
+    codes = torch.arange(1, top + 1, dtype=torch.float64, device=points.device)
     number = torch.cat([counts.flip(0).cumsum(0).flip(0), counts.new_zeros(1)])  # of values from a point upwards
     total = torch.cat([(counts * points).flip(0).cumsum(0).flip(0), counts.new_zeros(1)])
     low, high = float(total[0] / number[0]) / (2 * top), float(points[-1])
     for _ in range(2):
-        scales = torch.logspace(math.log(low), math.log(high), _SCAN, base=math.e, dtype=torch.float64)
+        ends = math.log(low), math.log(high)
+        scales = torch.logspace(*ends, _SCAN, base=math.e, dtype=torch.float64, device=points.device)
         above = torch.searchsorted(points, scales[:, None] * (codes - 0.5))  # from here upwards the code is at least q
         inner, square = total[above].sum(1), (number[above] * (2 * codes - 1)).sum(1)
         best = int((inner.square() / square).nan_to_num().argmax())

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +27,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -38,6 +39,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 MOST_TRIALS, MOST_OWN = 6, 2  # what tuning may cost a method, and what it may vary besides lr: the same for all
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+SEEDS = 2**63  # what every generator takes
 
 
 def _ratio(value: Any) -> Any:
@@ -59,7 +61,18 @@ def _distance(value: float) -> float:
 Distance = Annotated[float, BeforeValidator(_ratio), AfterValidator(_distance)]
 
 
-class _Table(BaseModel):
+class _Typed(BaseModel):
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        numeric = any(getattr(one, "__origin__", one) in (int, float) for one in (kind, *get_args(kind)))
+        if isinstance(value, bool) and numeric:
+            raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
+
+
+class _Table(_Typed):
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
 
@@ -308,7 +321,7 @@ class PruneTable(_Table):
         return self
 
 
-class MethodTable(BaseModel):
+class MethodTable(_Typed):
     """``[methods.NAME]``: a solver, its overridden fields, and this method's own lr, epochs and update period."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -338,6 +351,9 @@ class MethodTable(BaseModel):
         Raises:
             DualpruneError: a value is impossible, or a key is no field of the solver.
         """
+        for key in ("lr", "updates_per_epoch"):
+            if isinstance(trial.get(key), str):
+                raise DualpruneError(f"{key}: expected a number, got {trial[key]!r}")
         try:
             table = MethodTable.model_validate({**self.model_dump(), **trial})
         except ValidationError as error:
@@ -404,7 +420,7 @@ class Recipe(_Table):
     name: Label
     description: str = ""
     task: Literal["classification", "detection", "lanes", "points", "text"] = "classification"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 0
     model: ModelTable
     data: DataTable
     training: TrainingTable
@@ -616,6 +632,17 @@ def _shown(source: Path | None) -> str:
         return source.as_posix()
     here, place = Path.cwd(), source.resolve()
     return place.relative_to(here).as_posix() if place.is_relative_to(here) else source.name
+
+
+def check_seed(seed: int) -> int:
+    """The seed, if it is one.
+
+    Raises:
+        DualpruneError: it is below 0 or too large for a generator.
+    """
+    if not 0 <= seed < SEEDS:
+        raise DualpruneError(f"a seed is a whole number from 0 to 2**63 - 1, got {seed}")
+    return seed
 
 
 def digest(value: Any) -> str:

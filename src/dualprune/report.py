@@ -56,7 +56,7 @@ Row = dict[str, Any]
 _NUMBER = (int, float)
 _RESULT: dict[str, Any] = {
     **dict.fromkeys(("recipe", "label", "method", "metric", "split", "budget", "device", "recipe_sha256"), str),
-    **dict.fromkeys(("command", "weights_sha256"), str),
+    **dict.fromkeys(("command", "weights_sha256", "data_sha256"), str),
     **dict.fromkeys(("dense", "cut", "retrained", "rate", "rate_model", "lr", "seconds", "peak_memory_mb"), _NUMBER),
     **dict.fromkeys(("seed", "kept", "total", "kept_model", "total_model", "epochs", "steps", "updates"), int),
     **dict.fromkeys(("retrain_epochs", "batch_size"), int),
@@ -78,6 +78,7 @@ _COMPARED: dict[str, Any] = {
     "label": str,
     **dict.fromkeys(("n", "epochs"), int),
     **dict.fromkeys(("mean", "std", "dense", "lr", "seconds_mean", "rate", "paper"), _NUMBER),
+    **dict.fromkeys(("recipe_sha256", "diverged"), list),
 }
 _FILES = ("result.json", "history.jsonl", "epochs.jsonl", "recipe.toml")
 _NAME = re.compile(r"(?P<label>.+)-seed(?P<seed>\d+)")
@@ -109,7 +110,7 @@ def _holds_run(folder: Path) -> bool:
 def _read_run(folder: Path) -> _Run:
     if not _holds_run(folder):
         raise FormatError(f"no run in {str(folder)!r}: expected a folder that holds some of {', '.join(_FILES)}")
-    result = _read_json(folder / "result.json", _RESULT)
+    result = read_json(folder / "result.json", _RESULT)
     for key, types in (("layers", _LAYER), ("sizes", _SIZES)):
         parts = (result or {}).get(key) or []
         for place, part in enumerate(parts if key == "layers" else [parts] if parts else [], 1):
@@ -135,13 +136,20 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is no UTF-8 text (byte {error.start}): it is damaged, run again") from error
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_json(path: Path, types: Mapping[str, Any]) -> Row | None:
+def read_json(path: Path, types: Mapping[str, Any] | None = None) -> Row | None:
+    """Return the JSON object in a file, or None if there is none; `types` says what its values are, where not null.
+
+    Raises:
+        FormatError: the file is cut short or damaged, or holds something else; the message names it and the line.
+    """
     if not path.is_file():
         return None
     row = _parse(_read_text(path), path, first_line=1)
-    _check(row, types, str(path), ())
+    _check(row, types or {}, str(path), ())
     return row
 
 
@@ -496,6 +504,7 @@ def _provenance(run: _Run) -> Html:
         ("the paper", paper),
         ("recipe SHA-256", result.get("recipe_sha256") and el("code", result["recipe_sha256"])),
         ("weights SHA-256", result.get("weights_sha256") and el("code", result["weights_sha256"])),
+        ("data SHA-256", result.get("data_sha256") and el("code", result["data_sha256"])),
         ("command", result.get("command") and el("code", result["command"])),
     ]
     recipe = el("details", el("summary", "the recipe as run"), el("pre", run.recipe)) if run.recipe else ""
@@ -508,14 +517,15 @@ def _provenance(run: _Run) -> Html:
 def render_comparison(recipe_dir: str | Path) -> Path:
     """Write ``compare.html`` from ``compare.json`` and the run folders ``<label>-seed<n>`` beside it; return its path.
 
-    A method that compare.json does not hold is computed from its finished runs. Unfinished runs are named and left out
-    of the table; those of another split are named and left out.
+    A method that compare.json does not hold is computed from its finished runs, unless compare.json says which runs it
+    compared: then any other is named and left out. Unfinished runs are named and left out of the table; those of another
+    split are named and left out.
 
     Raises:
         FormatError: there is neither a comparison nor a run, or a file is damaged; the message names file and line.
     """
     folder = Path(recipe_dir)
-    table = _read_json(folder / "compare.json", {"recipe": str, "split": str, "rows": list, "paper": dict}) or {}
+    table = read_json(folder / "compare.json", {"recipe": str, "split": str, "rows": list, "paper": dict}) or {}
     for number, row in enumerate(table.get("rows") or [], 1):
         _check(row, _COMPARED, f"{folder / 'compare.json'}, row {number}", ("label",))
     places = sorted(path for path in folder.glob("*-seed*") if _NAME.fullmatch(path.name) and _holds_run(path))
@@ -523,7 +533,8 @@ def render_comparison(recipe_dir: str | Path) -> Path:
     runs.sort(key=lambda run: (run.label, run.seed if run.seed is not None else -1))
     split = table.get("split") or next((run.split for run in runs if run.split), None)
     others = [run for run in runs if run.split not in (None, split)]
-    runs = [run for run in runs if run not in others]
+    strangers = [run for run in runs if run not in others and not _compared(run, table)]
+    runs = [run for run in runs if run not in others and run not in strangers]
     rows = _compared_rows(table, runs)
     if not rows and not runs:
         raise FormatError(f"nothing to compare in {str(folder)!r}: expected compare.json or folders LABEL-seedN")
@@ -541,6 +552,10 @@ def render_comparison(recipe_dir: str | Path) -> Path:
         el("header", el("h1", title), el("p", _comparison_verdict(rows, metric), class_="verdict")),
         _comparison_table(rows, metric, split),
         *(remark(f"{run.folder.name} was measured on the {run.split} split and is left out.") for run in others),
+        *(
+            remark(f"{run.folder.name} is not among the runs that were compared (another recipe or seed) and is left out.")
+            for run in strangers
+        ),
         *(remark(note) for note in _comparison_notes(rows, runs)),
         el("p", HONEST, class_="honest"),
         _section(
@@ -560,6 +575,12 @@ def render_comparison(recipe_dir: str | Path) -> Path:
     path = folder / "compare.html"
     write_text(path, page)
     return path
+
+
+def _compared(run: _Run, table: Row) -> bool:
+    """Whether compare.json counts a finished run by its recipe's hash; one of an earlier version does not say."""
+    rows = [row for row in table.get("rows") or [] if row.get("recipe_sha256") is not None]
+    return run.result is None or not rows or any(run.result.get("recipe_sha256") in row["recipe_sha256"] for row in rows)
 
 
 def _compared_rows(table: Row, runs: Sequence[_Run]) -> list[Row]:
@@ -616,10 +637,10 @@ def _comparison_table(rows: Sequence[Row], metric: str, split: str | None) -> Ht
     if dense:
         shown.append(("dense, not pruned", in_hundredths(fmean(dense)), *[""] * (6 + published), {"class_": "level"}))
     for row in rows:
-        mean, std, paper = row["mean"], row["std"], row["paper"]
+        mean, paper = row["mean"], row["paper"]
         shown.append((
             row["label"],
-            or_dash(mean, in_hundredths) + (f" ± {in_hundredths(std)}" if std is not None else ""),
+            _mean_cell(row),
             str(row["n"]),
             DASH if None in (mean, row["dense"]) else with_sign(mean - row["dense"]),
             *[_published(paper, mean)] * published,
@@ -633,6 +654,14 @@ def _comparison_table(rows: Sequence[Row], metric: str, split: str | None) -> Ht
     caption = f"{metric} right after cutting, mean ± standard deviation over n seeds{where}; the best in bold"
     head = ("method", "after cutting", "n", "from dense", *["paper"] * published, "rate", "lr", "epochs", "seconds")
     return html_table(caption, head, shown)
+
+
+def _mean_cell(row: Row) -> str:
+    mean, std, diverged = row["mean"], row["std"], len(row.get("diverged") or ())
+    if mean is None:
+        return "diverged" if diverged else DASH
+    spread = "" if std is None else f" ± {in_hundredths(std)}"
+    return in_hundredths(mean) + spread + f" ({diverged} diverged)" * bool(diverged)
 
 
 def _published(paper: float | None, mean: float | None) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 import dualprune
 from dualprune.errors import DualpruneError, FormatError
 from dualprune.files import atomic_write
+from dualprune.report import read_json, render_run
 
 CHECKPOINT_VERSION = 1
 HEATMAP_SIDE = 256
@@ -28,6 +28,10 @@ HEATMAP_SIDE = 256
 
 class RunError(DualpruneError):
     """A run that began could not go on: a diverged loss, a full disk. Its last good checkpoint is kept."""
+
+
+class Diverged(RunError):
+    """A run's loss, weights or figures are NaN or infinite: its settings are at fault, and other runs can go on."""
 
 
 def make_folder(place: Path) -> None:
@@ -42,24 +46,33 @@ def make_folder(place: Path) -> None:
         raise DualpruneError(f"cannot write the run folder {str(place)!r}: {reason}") from error
 
 
-def earlier_result(place: Path, identity: str, made_of: Mapping[str, str | None]) -> dict[str, Any] | None:
+_OTHER = {"method": "another method", "weights_sha256": "other starting weights", "data_sha256": "other data"}
+
+
+def earlier_result(
+    place: Path,
+    identity: str,
+    made_of: Mapping[str, str | None],
+    data_sha256: Callable[[], str | None] | None = None,
+) -> dict[str, Any] | None:
     """The result of a finished run of the same settings; another run in the folder, finished or not, is an error.
 
     Args:
         place: The run's folder.
         identity: The fingerprint of the recipe; it holds what a recipe says, not what that means today.
         made_of: Therefore also compared, where the earlier run has them: ``method`` as built, and ``weights_sha256``.
+        data_sha256: Reads the data and says what they are; asked only where the earlier run noted its own.
     """
-    result = place / "result.json"
-    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+    found = read_json(place / "result.json")
     there = found or read_checkpoint(place / "checkpoint.pt") or {}
     hashed = there.get("recipe_sha256" if found else "identity", identity)
     if hashed != identity:
         raise _other_run(place, f"of other settings (hash {hashed[:12]}, this recipe has {identity[:12]})")
+    if there.get("data_sha256") and data_sha256 is not None:
+        made_of = {**made_of, "data_sha256": data_sha256()}
     for key, here in made_of.items():
         if (earlier := there.get(key, here)) != here and not (earlier and here and _alike(earlier, here)):
-            what = "another method" if key == "method" else "other starting weights"
-            raise _other_run(place, f"of {what}, though of the same recipe ({key} {earlier} there, {here} here)")
+            raise _other_run(place, f"of {_OTHER[key]}, though of the same recipe ({key} {earlier} there, {here} here)")
     return found
 
 
@@ -93,8 +106,13 @@ def what_is_kept(checkpoint: Path) -> str:
 
 
 @contextmanager
-def saving(place: Path) -> Iterator[None]:
-    """Turn what Python, torch and safetensors raise for a full disk or a lost folder into one clear error."""
+def saving(place: Path, kept: str | None = None) -> Iterator[None]:
+    """Turn what Python, torch and safetensors raise for a full disk or a lost folder into one clear error.
+
+    Args:
+        place: What is written to.
+        kept: What is not lost, for the message; the checkpoint in `place` by default.
+    """
     try:
         yield
     except Exception as error:
@@ -102,14 +120,15 @@ def saving(place: Path) -> Iterator[None]:
         if not (isinstance(error, OSError | SafetensorError) or torch_failed):
             raise
         reason = getattr(error, "strerror", None) or "the file was not written whole; is the disk full?"
-        raise RunError(f"cannot write to {str(place)!r}: {reason}; {what_is_kept(place / 'checkpoint.pt')}") from error
+        kept = kept or what_is_kept(place / "checkpoint.pt")
+        raise RunError(f"cannot write to {str(place)!r}: {reason}; {kept}") from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any] | None:
+def read_checkpoint(path: Path, remedy: str = "start again with --fresh") -> dict[str, Any] | None:
     """The checkpoint at `path`, or None if there is none.
 
     Raises:
-        FormatError: it is damaged, or of another version.
+        FormatError: it is damaged, or of another version; the message ends in the `remedy`.
     """
     if not path.exists():
         return None
@@ -117,10 +136,10 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state["version"]
     except Exception as error:  # what torch raises for a damaged file has many types
-        raise FormatError(f"the checkpoint {path} cannot be read ({error}); start again with --fresh") from error
+        raise FormatError(f"the checkpoint {path} cannot be read ({error}); {remedy}") from error
     if version != CHECKPOINT_VERSION:
         versions = f"version {version}, this dualprune reads {CHECKPOINT_VERSION}"
-        raise FormatError(f"the checkpoint {path} has {versions}; start again with --fresh")
+        raise FormatError(f"the checkpoint {path} has {versions}; {remedy}")
     return state
 
 
@@ -154,10 +173,9 @@ def write_pictures(place: Path, when: str, pictures: list[tuple[str, Any]]) -> N
 
 
 def render(place: Path) -> None:
-    """The HTML report, unless it is there."""
-    if not (place / "report.html").exists():
-        from dualprune.report import render_run
-
+    """The HTML report, unless it is there and no older than the result: one of a run under way says "not finished"."""
+    page, result = place / "report.html", place / "result.json"
+    if not page.exists() or page.stat().st_mtime_ns < result.stat().st_mtime_ns:
         render_run(place)
 
 

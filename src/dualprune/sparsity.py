@@ -99,7 +99,7 @@ def sparsity_report(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Sp
     floating buffers of two or more dimensions are counted with the parameters.
 
     Raises:
-        DualpruneError: it is neither, holds no such tensor, or holds a lazy parameter that has no shape yet.
+        DualpruneError: it is neither, holds no such tensor, or holds a lazy one without a shape or one on the meta device.
     """
     from torch import nn
     from torch.nn.parameter import is_lazy
@@ -111,6 +111,8 @@ def sparsity_report(model_or_state_dict: nn.Module | Mapping[str, Tensor]) -> Sp
     tensors: dict[tuple[Any, ...], Tensor] = {}
     for name, tensor in named:
         if tensor.ndim > 1 and tensor.is_floating_point():
+            if tensor.is_meta:
+                raise DualpruneError(f"{name} is on the meta device and has no values: load the weights first, then count")
             key = _identity(name, tensor)
             names.setdefault(key, []).append(name)
             tensors.setdefault(key, tensor.detach())
@@ -131,8 +133,8 @@ def _named_tensors(source: nn.Module | Mapping[str, Tensor]) -> list[tuple[str, 
 
 
 def _identity(name: str, tensor: Tensor) -> tuple[Any, ...]:
-    """Return what two names of one tensor share; a tensor without memory (meta, empty) is only itself."""
-    place = tensor.data_ptr() if tensor.numel() and tensor.device.type != "meta" else 0
+    """Return what two names of one tensor share; an empty tensor is only itself."""
+    place = tensor.data_ptr() if tensor.numel() else 0
     return (tensor.device, place, tensor.shape, tensor.stride()) if place else (name,)
 
 
@@ -141,7 +143,7 @@ def _layer_sparsity(names: list[str], tensor: Tensor) -> LayerSparsity:
     from dualprune.quantise import find_grid
 
     nonzero, shape = tensor != 0, tuple(tensor.shape)
-    grid = find_grid(tensor) if tensor.itemsize > 1 and tensor.device.type != "meta" else None
+    grid = find_grid(tensor) if tensor.itemsize > 1 else None
     return LayerSparsity(
         name=names[0],
         shape=shape,

@@ -39,8 +39,8 @@ def tied_filters(model: nn.Module, example: Any, *, ignore: Iterable[str] = ()) 
         ignore = [ignore]
     unwanted, found = list(ignore), list[list[str]]()
     groups, names = _groups(model, example)
-    order = {name: place for place, name in enumerate(names.values())}
-    for items in groups:
+    order = {name: place for place, name in enumerate(dict.fromkeys(names.values()))}
+    for items in _joined(groups, names):
         tie = sorted({names[module] for module, *_ in items}, key=order.__getitem__)
         if len(tie) > 1 and not any(_named(name, unwanted) for name in tie):
             _check_one_to_one(items, names)
@@ -52,17 +52,18 @@ Item = tuple[nn.Module, list[int], list[int]]  # a layer, its filters, and those
 
 
 def _groups(model: nn.Module, example: Any) -> tuple[list[list[Item]], dict[nn.Module, str]]:
-    """Return what loses filters together in a copy of the model, and the weights' names of its layers."""
+    """Return what loses filters together in a copy of the model, and its layers' weights by name: a shared one by its first."""
     try:
         import torch_pruning
     except ImportError:
         raise DualpruneError('tied_filters needs Torch-Pruning: pip install "dualprune[shrink]"') from None
     twin = copy.deepcopy(model).eval().requires_grad_(True)
-    names: dict[nn.Module, str] = {
-        module: parameter_name(f"{name}.weight" if name else "weight")
-        for name, module in twin.named_modules()
-        if isinstance(module, nn.Linear | _ConvNd)
-    }
+    first, names = dict[int, str](), dict[nn.Module, str]()
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.Linear | _ConvNd):
+            weight = module._parameters.get("weight")  # one that is computed from others is a new tensor at each look
+            short = parameter_name(f"{name}.weight" if name else "weight")
+            names[module] = first.setdefault(id(module if weight is None else weight), short)
     groups, seen = list[list[Item]](), set[nn.Module]()
     try:
         with torch.enable_grad(), warnings.catch_warnings():
@@ -95,6 +96,16 @@ def _out_items(graph: Any, layer: nn.Module, names: dict[nn.Module, str]) -> lis
         for item in group
         if item.dep.target.module in names and graph.is_out_channel_pruning_fn(item.dep.handler)
     ]
+
+
+def _joined(groups: Iterable[list[Item]], names: Mapping[nn.Module, str]) -> list[list[Item]]:
+    """Return the groups, those that share a weight made one."""
+    joined = list[list[Item]]()
+    for items in groups:
+        own = {names[module] for module, *_ in items}
+        met = [other for other in joined if not own.isdisjoint(names[module] for module, *_ in other)]
+        joined = [other for other in joined if other not in met] + [[item for part in (*met, items) for item in part]]
+    return joined
 
 
 def _check_one_to_one(items: list[Item], names: dict[nn.Module, str]) -> None:

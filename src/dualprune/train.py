@@ -26,12 +26,14 @@ from torch import Tensor, nn
 import dualprune
 from dualprune import distributed
 from dualprune.distributed import Ranks
-from dualprune.errors import DataNotFoundError, DualpruneError, NonFiniteError
+from dualprune.errors import DataNotFoundError, DualpruneError, FormatError, NonFiniteError
 from dualprune.files import atomic_write, write_json, write_jsonl, write_text
 from dualprune.progress import Progress, Silent
-from dualprune.recipe import OptimizerTable, Recipe, digest
+from dualprune.recipe import OptimizerTable, Recipe, check_seed, digest
+from dualprune.report import render_run
 from dualprune.run_folder import (
     CHECKPOINT_VERSION,
+    Diverged,
     RunError,
     device_name,
     earlier_result,
@@ -81,7 +83,8 @@ def run(
         out: The run lies in ``out/<recipe.name>/<label>-seed<seed>``.
         folder: The recipe's folder, in place of ``out/<recipe.name>``.
         split: ``"test"``, or ``"validation"``: train without a held-out part of the training images and measure on it.
-        resume: Continue or reuse what is in the folder; False starts again.
+        resume: Continue or reuse what is in the folder; False starts again once everything is built, but for a model of
+            ``[dense]``.
         progress: Told about steps and epochs.
         tensorboard: Also write TensorBoard events into the run folder.
         device: Where to compute; a GPU if there is one by default.
@@ -92,32 +95,32 @@ def run(
 
     Raises:
         DualpruneError: the recipe cannot be run here, or the folder holds another run: of other settings, another method
-            (a default that has changed since), other starting weights.
+            (a default that has changed since), other starting weights, other data.
         RunError: the run stopped; the message says where, and what is kept.
         Interrupted: Ctrl-C.
     """
-    seed = recipe.seed if seed is None else seed
+    seed = check_seed(recipe.seed if seed is None else seed)
     root = Path(folder) if folder is not None else Path(out) / recipe.name
     place = root / f"{label}-seed{seed}"
     identity = recipe.fingerprint(label, seed, split)
-    made_of = {"method": repr(recipe.method(label).build()), "weights_sha256": recipe.weights_sha256()}
+    made_of: dict[str, str | None] = {"method": repr(recipe.method(label).build()), "weights_sha256": recipe.weights_sha256()}
     where = pick_device(device)
     with distributed.job(where) as ranks:
         if ranks.size > 1 and recipe.training.adversarial is not None:
             raise DualpruneError("adversarial training crafts its attacks on one process: run this recipe without torchrun")
+        task = build_task(recipe, split, where)
         if ranks.first:
             make_folder(place)
-            if not resume:
-                wipe(place)
-        finished = ranks.shared(earlier_result(place, identity, made_of) if ranks.first else None)
+        reusing = ranks.first and resume
+        finished = ranks.shared(earlier_result(place, identity, made_of, task.data_sha256) if reusing else None)
         if finished is not None:
             if ranks.first:
                 render(place)
             return finished
         cache = Path(dense_folder) if dense_folder is not None else root
-        task = build_task(recipe, split, where)
+        made_of["data_sha256"] = task.data_sha256()
         progress = progress if progress is not None and ranks.first else Silent()
-        job = _Job(recipe, label, seed, task, cache, place, identity, made_of, progress, ranks)
+        job = _Job(recipe, label, seed, task, cache, place, identity, made_of, progress, ranks, resume)
         reset_peak_memory(job.device)
         with _reproducible(job.device):
             return _run(job, tensorboard)
@@ -190,9 +193,10 @@ class _Job:
     cache: Path
     place: Path
     identity: str
-    made_of: dict[str, str | None]  # method, weights_sha256: what the identity does not see
+    made_of: dict[str, str | None]  # method, weights_sha256, data_sha256: what the identity does not see
     progress: Progress
     ranks: Ranks = Ranks()
+    resume: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -217,11 +221,14 @@ def _run(job: _Job, tensorboard: bool) -> dict[str, Any]:
     pruner = _attach(recipe, job.label, model, optimizer, steps=spe, epochs=epochs)
     loop = _Loop(job, recipe.training, recipe.lr(job.label), epochs, model, optimizer, job.seed, job.place, job.identity)
     loop.pruner = pruner
-    loop.writer = _tensorboard(job.place) if tensorboard and job.ranks.first else None
+    writer = _tensorboard() if tensorboard and job.ranks.first else None
     try:
         if job.ranks.first:
             with saving(job.place):
+                if not job.resume:  # only now that nothing of the recipe can be wrong any more
+                    wipe(job.place)
                 write_text(job.place / "recipe.toml", recipe.to_toml())
+                loop.writer = writer and writer(job.place / "tensorboard")
         if not loop.load():
             loop.report("dense")
             job.progress.note(f"{job.label}: dense {task.metrics[0]} {loop.notes['dense'][task.metrics[0]]:.2f} %")
@@ -229,18 +236,20 @@ def _run(job: _Job, tensorboard: bool) -> dict[str, Any]:
                 job.progress.note("the starting weights may know the held-out samples: scores for choosing settings only")
         if loop.stage == "train":
             loop.fit()
-            pruner.finish(calibrate=loop.calibration())
-            loop.report("cut")
+            with loop.diverging():
+                pruner.finish(calibrate=loop.calibration())
+                loop.report("cut")
             if recipe.prune.retrain_epochs:
                 loop.begin("retrain", recipe.prune.retrain_epochs, recipe.prune.retrain_lr or loop.peak / 10)
         if loop.stage == "retrain":
             loop.fit()
-            loop.report("retrained")
+            with loop.diverging():
+                loop.report("retrained")
         result: dict[str, Any] = {}
         if job.ranks.first:
             with saving(job.place):
                 result = _write_results(job, loop, spe, layers_before)
-                render(job.place)
+                render_run(job.place)
         return job.ranks.shared(result)
     finally:
         job.progress.end()
@@ -259,7 +268,10 @@ def _train_dense(job: _Job, model: nn.Module) -> None:
     settings["data"].pop("root")
     if recipe.model.weights is not None:
         settings["weights_sha256"] = recipe.weights_sha256()
-    identity = digest(settings)
+    identity, data = digest(settings), job.task.data_sha256()
+    # a folder of a version that did not look at the data is taken at its word
+    if data is not None and not job.ranks.shared((job.cache / f"dense-{identity[:12]}").exists()):
+        identity = digest(settings | {"data_sha256": data})
     place = job.cache / f"dense-{identity[:12]}"
     saved = place / "dense.safetensors"
     if not job.ranks.shared(saved.exists()):
@@ -269,12 +281,17 @@ def _train_dense(job: _Job, model: nn.Module) -> None:
         optimizer = _optimizer(dense, model, dense.lr)
         loop = _Loop(job, dense, dense.lr, dense.epochs, model, optimizer, recipe.seed, place, identity)
         loop.load()
-        loop.fit("dense")
+        loop.fit()
         if job.ranks.first:
             with saving(place), atomic_write(saved) as temporary:
                 save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
     if job.ranks.first:
-        load_weights(model, saved)
+        try:
+            load_weights(model, saved)
+        except FormatError as error:
+            raise FormatError(
+                f"the dense model cannot be read ({error}); delete the folder {place} to train it again"
+            ) from error
 
 
 @dataclass
@@ -310,6 +327,16 @@ class _Loop:
         return self.place / "checkpoint.pt"
 
     @property
+    def dense(self) -> bool:
+        """Whether this is the training of the dense model, which is everybody's."""
+        return self.place != self.job.place
+
+    @property
+    def title(self) -> str:
+        """What is trained here, for people."""
+        return "dense" if self.dense else f"{self.job.label} seed {self.seed}" + " retraining" * (self.stage == "retrain")
+
+    @property
     def sharpness(self) -> float:
         """How far uphill gradients are taken; dense training and retraining are everybody's own and take them in place."""
         return self.pruner.method.sharpness if self.pruner is not None and self.stage == "train" else 0.0
@@ -331,17 +358,25 @@ class _Loop:
         self.stage, self.epochs, self.peak, self.epoch, self.step, self.loss_sum = stage, epochs, peak, 0, 0, 0.0
         self.save()
 
-    def fit(self, title: str | None = None) -> None:
+    @contextmanager
+    def diverging(self) -> Iterator[None]:
+        """Say of what is NaN or infinite where it was, and what is kept."""
+        try:
+            yield
+        except NonFiniteError as error:
+            kind = RunError if self.dense else Diverged  # without its dense model no method can go on
+            raise kind(f"{self.title}: {error}; {what_is_kept(self.checkpoint)}; try a lower lr, or clip_norm") from error
+
+    def fit(self) -> None:
         """Train to the end of the stage; save at every epoch's end, every few minutes, and on Ctrl-C."""
-        title = title or f"{self.job.label} seed {self.seed}" + (" retraining" if self.stage == "retrain" else "")
         recipe, spe, progress = self.job.recipe, self.steps_per_epoch, self.job.progress
         # compiling the callable, not the module, keeps the state_dict's keys
         wrapped = self.job.ranks.wrap(self.model)
         forward = torch.compile(wrapped) if recipe.training.compile else wrapped
         saved = time.monotonic()
-        progress.begin(title, self.epochs * spe, self.epoch * spe + self.step)
+        progress.begin(self.title, self.epochs * spe, self.epoch * spe + self.step)
         try:
-            with _interrupts() as interrupted:
+            with self.diverging(), _interrupts() as interrupted:
                 while self.epoch < self.epochs:
                     self.model.train()
                     began = time.monotonic()
@@ -358,8 +393,6 @@ class _Loop:
                     saved = time.monotonic()
                     if self.job.ranks.any(interrupted.is_set()):
                         self._stop()
-        except NonFiniteError as error:
-            raise RunError(f"{title}: {error}; {what_is_kept(self.checkpoint)}; try a lower lr, or clip_norm") from error
         finally:
             progress.end()
 
@@ -374,7 +407,7 @@ class _Loop:
         """The whole of a training step; what dualprune asks of it is `observe`, and even that is optional."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        batch, weight = self.job.ranks.share(batch)
+        batch, weight = self.job.ranks.share(batch, self.job.task.share)
         loss = self._loss(forward, batch, weight)
         self._note_loss(loss.detach())
         loss.backward()
@@ -456,7 +489,8 @@ class _Loop:
     def _stop(self) -> None:
         self.save()
         where = f"epoch {self.epoch + 1}, step {self.step}" if self.step else f"the end of epoch {self.epoch}"
-        raise Interrupted(f"interrupted and saved at {where} ({self.checkpoint}); the same command continues the run")
+        without = "" if self.job.resume or self.dense else " without --fresh"
+        raise Interrupted(f"interrupted and saved at {where} ({self.checkpoint}); the same command{without} continues the run")
 
     def measure(self) -> float:
         """The task's first metric (%) of the model as it is, at the training's precision: for curves."""
@@ -511,7 +545,8 @@ class _Loop:
     def load(self) -> bool:
         """Continue from the checkpoint in the folder, if there is one of this run."""
         ranks = self.job.ranks
-        state = ranks.shared(read_checkpoint(self.checkpoint) if ranks.first else None)
+        remedy = (f"delete the folder {self.place} to train the dense model again",) if self.dense else ()
+        state = ranks.shared(read_checkpoint(self.checkpoint, *remedy) if ranks.first else None)
         if state is None or state["identity"] != self.identity:
             return False
         there = state.get("ranks", [{}])
@@ -593,7 +628,7 @@ def _write_results(job: _Job, loop: _Loop, spe: int, before: dict[str, Tensor]) 
         "versions": versions(),
         "device": device_name(job.device) + (f", {job.ranks.size} ranks" if job.ranks.size > 1 else ""),
         "recipe_sha256": job.identity,
-        "weights_sha256": job.made_of["weights_sha256"],
+        **{key: job.made_of[key] for key in ("weights_sha256", "data_sha256")},
         "command": recipe.command(job.label, job.seed, job.task.split),
         "paper": recipe.paper,
         "layers": layers,
@@ -644,12 +679,12 @@ def _attach(recipe: Recipe, label: str, model: nn.Module, optimizer: torch.optim
     )
 
 
-def _tensorboard(place: Path) -> Any:
+def _tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise DualpruneError("TensorBoard is not installed; pip install 'dualprune[tensorboard]'") from None
-    return SummaryWriter(place / "tensorboard")
+    return SummaryWriter
 
 
 def _log(writer: Any, row: dict[str, Any], updates: list[dict[str, Any]]) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from dualprune.errors import DualpruneError, FormatError
+from dualprune.recipe import parse_recipe
+from dualprune.tasks import build_task
 from dualprune.tasks.classification import data as images
 from dualprune.tasks.classification import imagenet
 from dualprune.tasks.classification.data import (
@@ -24,6 +26,7 @@ from dualprune.tasks.classification.data import (
     steps_per_epoch,
     train_batches,
 )
+from helpers import TINY_RECIPE
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 REAL = os.environ.get("DUALPRUNE_DATA")
@@ -616,7 +619,7 @@ def test_a_subset_of_the_digits():
     assert part.y_train.bincount().tolist() == pytest.approx([10] * 10, abs=1)
 
 
-@pytest.mark.parametrize("count", [0, 21, 2.5, True])
+@pytest.mark.parametrize("count", [0, 21])
 def test_impossible_subsets(tmp_path, count):
     write_npz(tmp_path / "cifar10.npz")
     with pytest.raises(DualpruneError, match=rf"subset is how many of the 20 training images to take, got {count}"):
@@ -782,3 +785,64 @@ def test_the_real_files(monkeypatch, name, train, test):
         assert data.y_test.bincount().unique().tolist() == [0, 50] and data.y_train.bincount().unique().tolist() == [0, 20]
     if name == "imagenet-sample":
         assert data.y_test.tolist() == list(range(1000))
+
+
+# --- values of the wrong kind, and models that do not fit ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("digits", {"test_fraction": "0.2"}, "digits: option test_fraction: input should be a valid number, got '0.2'"),
+        ("cifar10", {"subset": True}, "cifar10: option subset: input should be a valid integer, got True"),
+        ("cifar10", {"mean": 0.5}, "cifar10: option mean: input should be .*, got 0.5"),
+        ("imagefolder", {"image_size": "32"}, "imagefolder: option image_size: input should be a valid integer, got '32'"),
+        ("imagefolder", {"crop": "x"}, "imagefolder: option crop: input should be a valid number, got 'x'"),
+    ],
+)
+def test_an_option_of_another_type_is_explained(name, options, said):
+    with pytest.raises(DualpruneError, match=said):
+        load_data(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"workers": -1}, "workers is how many processes decode, 0 or more, got -1"), ({"std": (1.0,)}, "for 3 channels")],
+)
+def test_an_image_folder_refuses_what_would_fail_later(options, said):
+    with pytest.raises(DualpruneError, match=said):
+        images.FolderDataset("imagefolder", (), (), (), **options)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line_from_a_worker_too(tmp_path, workers):
+    pytest.importorskip("torchvision")
+    from PIL import Image
+
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / part / "a" / "1.jpg")
+    before = load_data("imagefolder", root=tmp_path).sha256()
+    damaged = tmp_path / "val" / "a" / "1.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    data = load_data("imagefolder", root=tmp_path, image_size=8, workers=workers)
+    assert data.sha256() != before
+    with pytest.raises(FormatError) as error:
+        list(eval_batches(data))
+    assert str(error.value).startswith(f"{damaged} is not a readable image") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("{name='mlp', options={num_classes=3}}", r"expected scores \(2, 10 or more\).* got \(2, 3\)"),
+        ("{name='digits-cnn', options={in_channels=3}}", r"cannot take images of shape \(1, 8, 8\)"),
+        ("{name='mlp', options={image_size=9}}", r"cannot take images of shape \(1, 8, 8\)"),
+        ("{name='alexnet', options={dropout=2}}", "alexnet could not be built with .*'dropout': 2.*between 0 and 1"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_is_refused(model, said):
+    pytest.importorskip("sklearn")
+    with pytest.raises(DualpruneError, match=said):
+        build_task(parse_recipe(TINY_RECIPE, [f"model={model}"])).model()
+    build_task(parse_recipe(TINY_RECIPE, ["model={name='mlp', options={num_classes=1000}}"])).model()

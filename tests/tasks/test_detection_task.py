@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dualprune.errors import DataNotFoundError, DualpruneError, FormatError
 from dualprune.problem import build_problem
 from dualprune.recipe import load_recipe, parse_recipe
 from dualprune.tasks import build_task
 from dualprune.tasks.detection import Boxes, average_precision, build_network, load_split
-from dualprune.tasks.detection.data import augmented, placement, train_batches
-from dualprune.tasks.detection.task import in_image, true_boxes
+from dualprune.tasks.detection.data import augmented, open_upright, placement, train_batches
+from dualprune.tasks.detection.task import draw_boxes, in_image, true_boxes
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "slr-2024").glob("*coco*.toml"))
 REAL = Path(os.environ.get("DUALPRUNE_DATA", "")) / "coco256"
@@ -118,6 +118,34 @@ def test_an_unreadable_image_is_an_error_when_images_are_not_kept(root):
         list(train_batches(data, batch_size=8, seed=0, epoch=0))
 
 
+@pytest.mark.parametrize("orientation", range(10))  # 1 to 8 mean something
+def test_images_are_turned_as_their_exif_data_say(root, orientation):
+    path, exif = root / "images" / "train" / "turned.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, :16], pixels[:8] = 255, 128
+    Image.fromarray(pixels).save(path, exif=exif)
+    with Image.open(path) as image:
+        shown = np.array(ImageOps.exif_transpose(image))
+    assert np.array_equal(np.array(open_upright(path)), shown)
+    nothing = Boxes(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+    assert np.array_equal(draw_boxes(path, nothing, nothing, ()), shown)
+
+
+def test_labels_lie_on_the_image_that_people_see(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a portrait as phones store it, lying on its side
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, :24] = 255  # stored on the left, seen at the top
+    (root / "images" / "train" / "000.png").unlink()
+    Image.fromarray(pixels).save(root / "images" / "train" / "000.jpg", exif=exif)
+    label(root, "0 0.5 0.15 1 0.3")
+    data = read(root, fit="stretch")
+    x, [place] = next(data.fetch([[0]]))
+    assert place[:2] == (40, 80)
+    assert x[0, :, : int(0.3 * 64) - 1].min() > 240 and x[0, :, int(0.3 * 64) + 3 :].max() < 15
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -211,6 +239,39 @@ def test_wrong_json_is_explained(root):
         read(root, annotations="boxes_train.json")
     with pytest.raises(DataNotFoundError, match="no annotation file"):
         read(root, annotations="none.json")
+
+
+def one_image(**changes):
+    return [{"id": 10, "file_name": "000.png", "width": 160, "height": 96, **changes}]  # of 80×48 pixels
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (one_image() + one_image(file_name="001.png"), "two images of the id 10"),
+        (one_image() + one_image(id=11), r"two images of the file_name '000\.png'"),
+        (one_image(width=0), r"image 10 \(000\.png\) should have a width and a height above 0, got \(0\.0, 96\.0\)"),
+        (one_image(height=float("nan")), "should have a width and a height above 0"),
+        (one_image(height=float("inf")), "should have a width and a height above 0"),
+        (one_image(width=96, height=160), r"000\.png is 80×48 pixels, of other proportions than the 96×160"),
+        (one_image(height=101), r"000\.png is 80×48 pixels, of other proportions than the 160×101"),
+    ],
+)
+@pytest.mark.parametrize("cache", [True, False])
+def test_images_of_a_json_file_are_the_ones_it_names(root, images, message, cache):
+    annotations = [{"id": 1, "image_id": 10, "category_id": 3, "bbox": [16, 24, 10, 10]}]
+    categories = [{"id": 3, "name": "red"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(FormatError, match=message):
+        list(read(root, classes=None, annotations="boxes.json", cache=cache, workers=0).fetch([[0]]))
+
+
+@pytest.mark.parametrize(("width", "height"), [(160, 96), (161, 96), (160, 98), (801, 479), (40, 24)])
+def test_copies_of_another_size_are_the_same_image(root, width, height):
+    boxes = [{"id": 1, "image_id": 10, "category_id": 3, "bbox": [1, 2, 10, 10]}]
+    data = coco_json(root, images=one_image(width=width, height=height), annotations=boxes)
+    assert len(data) == 1 and data.subset([0], "part").declared == ((width, height),)
 
 
 @pytest.mark.parametrize(

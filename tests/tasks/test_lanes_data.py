@@ -171,8 +171,10 @@ def test_what_is_odd_is_counted(tmp_path):
     write(tmp_path, "label_data.json", frames)
     counts = load_tusimple(root=tmp_path, test="label_data.json").counts
     assert not counts["points beyond the frame's right edge"]  # of 1280 pixels
+    frames += [label("4.png", [line(30)], [y - 20 for y in HEIGHTS])]
+    write(tmp_path, "label_data.json", frames)
     counts = load_tusimple(root=tmp_path, frame=SIZE, test="label_data.json").counts
-    each = {"frames without lanes": 1, "lanes without points": 1, "rows below the frame": 10}
+    each = {"frames without lanes": 1, "lanes without points": 1, "rows above the frame": 4, "rows below the frame": 10}
     points = sum(x > 0 for x in far)
     assert counts == {what: 2 * count for what, count in {**each, "points beyond the frame's right edge": points}.items()}
 
@@ -192,6 +194,12 @@ def test_what_is_odd_is_counted(tmp_path):
         ('{"raw_file": "a.png", "lanes": [7], "h_samples": [10, 20]}', r":2: lane 0 .* got 7"),
         ('{"raw_file": "a.png", "lanes": [], "h_samples": []}', r":2: h_samples should be ascending"),
         ('{"raw_file": "a.png", "lanes": [], "h_samples": [20, 10]}', r":2: h_samples should be ascending"),
+        ('{"raw_file": "a.png", "lanes": [], "h_samples": [1, NaN, 3]}', r":2: h_samples .* finite numbers, got \[1, nan, 3\]"),
+        ('{"raw_file": "a.png", "lanes": [], "h_samples": [10, Infinity]}', r":2: h_samples should be ascending"),
+        ('{"raw_file": "a.png", "lanes": [], "h_samples": ["10", "20"]}', r":2: h_samples should be ascending"),
+        ('{"raw_file": "a.png", "lanes": [], "h_samples": [false, true]}', r":2: h_samples should be ascending"),
+        ('{"raw_file": "a.png", "lanes": [], "h_samples": [10, 10]}', r":2: h_samples should be ascending"),
+        ('{"raw_file": "a.png", "lanes": [], "h_samples": [[10, 20]]}', r":2: h_samples should be ascending"),
         ('{"raw_file": "a.png", "lanes": 5, "h_samples": [20]}', r":2: expected an object"),
     ],
 )

@@ -174,6 +174,13 @@ def test_cut_off_points(copy):
         ("Car 0 0 0 nan" + " 0" * 10, "line 2: a number is not finite"),
         ("Car" + " 0" * 14, "line 2: height, width and length are above 0, got 0 0 0"),
         ("Van" + " 0" * 7 + " 1.5 -1 4" + " 0" * 4, "line 2: height, width and length are above 0, got 1.5 -1 4"),
+        ("Car 0 0 0 60 10 60 50 1 2 4 0 0 9 0", "line 2: a box is left, top, right, bottom; this one is empty: 60 10 60 50"),
+        ("Car 0 0 0 60 10 20 50 1 2 4 0 0 9 0", "line 2: .* this one is empty: 60 10 20 50"),
+        ("Car 0 0 0 10 50 60 40 1 2 4 0 0 9 0", "line 2: .* this one is empty: 10 50 60 40"),
+        ("Car 1.5 0 0 10 10 60 50 1 2 4 0 0 9 0", r"line 2: truncation lies in \[0, 1\], or is -1, got 1.5"),
+        ("Car -0.5 0 0 10 10 60 50 1 2 4 0 0 9 0", r"line 2: truncation lies in \[0, 1\], or is -1, got -0.5"),
+        ("Car 0 4 0 10 10 60 50 1 2 4 0 0 9 0", "line 2: occlusion is 0, 1, 2 or 3, or -1, got 4"),
+        ("Car 0 2.7 0 10 10 60 50 1 2 4 0 0 9 0", "line 2: occlusion is 0, 1, 2 or 3, or -1, got 2.7"),
     ],
 )
 def test_damaged_labels(tmp_path, line, said):
@@ -183,10 +190,36 @@ def test_damaged_labels(tmp_path, line, said):
         read_objects(path)
 
 
+def test_truncation_and_occlusion_may_be_unknown(tmp_path):
+    path = tmp_path / "found.txt"
+    path.write_text("Car -1 -1 0 10 10 60 50 1 2 4 0 0 9 0 0.7\nVan 1 3 0 10 10 60 50 1 2 4 0 0 9 0 0.6\n")
+    assert read_objects(path).occlusion.tolist() == [-1, 3] and read_objects(path).truncation.tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "said"),
+    [
+        ("P2", "nan" + " 1" * 11, "line 2: P2 has a number that is not finite"),
+        ("P2", " 0" * 12, "line 2: P2 is singular"),
+        ("R0_rect", "1 0 0 0 inf 0 0 0 1", "line 3: R0_rect has a number that is not finite"),
+        ("R0_rect", "0 " * 9, "line 3: R0_rect is singular"),
+        ("R0_rect", "1 2 3 4 5 6 7 8 9", "line 3: R0_rect is singular"),
+        ("Tr_velo_to_cam", "nan" + " 1" * 11, "line 4: Tr_velo_to_cam has a number that is not finite"),
+        ("Tr_velo_to_cam", "0 -1 0 0 0 -1 0 0 1 0 0 0", "line 4: Tr_velo_to_cam is singular"),
+    ],
+)
+def test_a_calibration_that_cannot_be_is_refused(copy, key, values, said):
+    path = copy / "training/calib/000000.txt"
+    rows = [f"{key}: {values}" if row.startswith(key) else row for row in path.read_text().splitlines()]
+    path.write_text("\n".join(rows) + "\n")
+    with pytest.raises(FormatError, match=f"000000.txt, {said}"):
+        load(copy).boxes("000000")
+
+
 def test_damaged_calibration_and_images(copy):
     path = copy / "training/calib/000000.txt"
     path.write_text("P2: 1 2 3\nR0_rect: 1 0 0 0 1 0 0 0 1\nTr_velo_to_cam: 1 0 0 0 0 1 0 0 0 0 1 0\n")
-    with pytest.raises(FormatError, match="P2 should be 12 numbers, got '1 2 3'"):
+    with pytest.raises(FormatError, match="line 1: P2 should be 12 numbers, got '1 2 3'"):
         read_calibration(path)
     path.write_text("P2: 1\n")
     with pytest.raises(FormatError, match="has no R0_rect; it has P2"):
@@ -246,6 +279,15 @@ def test_augmentation_keeps_points_in_their_boxes(tree, kind):
         seen.add(tuple(moved[0].tolist()))
     assert len(seen) == {"none": 1, "flip": 2, "full": 8}[kind]
     assert torch.equal(points, data.points("000000")) and torch.equal(boxes, data.boxes("000000"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu_are_those_on_a_cpu(tree):
+    data = load(tree)
+    order = {"batch_size": 2, "seed": 0, "epoch": 0, "augment": "full"}
+    there = [(x.cpu(), [boxes.cpu() for boxes in y]) for x, y in train_batches(data, **order, device=torch.device("cuda"))]
+    assert equal(there, train_batches(data, **order))
 
 
 def test_held_out_frames(tree):

@@ -123,6 +123,23 @@ def test_batches_and_splits(tree):
     assert len(held.data.test) == 1 and held.data.test[0] not in held.data.train
 
 
+def test_what_there_is_and_what_is_passed_over_is_logged(tree, tmp_path, caplog):
+    caplog.set_level("INFO", "dualprune")
+    task(tree).steps_per_epoch(2)
+    [line] = caplog.records
+    assert line.levelname == "WARNING" and line.message == (
+        "tiny: train: 4 frames, 0 with nothing to find; 8 Car, 4 Pedestrian, 4 Cyclist; passed over: 4 DontCare\n"
+        "test: 4 frames, 0 with nothing to find; 8 Car, 4 Pedestrian, 4 Cyclist; passed over: 4 DontCare"
+    )
+    clean = world(tmp_path, frames=2)
+    for file in (clean / "training/label_2").iterdir():
+        file.write_text("".join(line + "\n" for line in file.read_text().splitlines() if "DontCare" not in line))
+    task(clean).steps_per_epoch(2)
+    assert caplog.records[-1].levelname == "INFO" and caplog.messages[-1].endswith("passed over: nothing")
+    task(clean, "data.validation=0.5", split="validation").steps_per_epoch(1)
+    assert "train: 1 frames" in caplog.messages[-1]
+
+
 def test_only_classes_that_are_there_count(tree):
     one = task(tree, 'model.options.classes=["Cyclist"]')
     assert one.measure(one.model())["3D moderate mAP"] == 0

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dualprune.errors import DataNotFoundError, DualpruneError
+from dualprune.errors import DataNotFoundError, DualpruneError, NonFiniteError
 from dualprune.recipe import parse_recipe
 from dualprune.tasks import build_task
 from dualprune.tasks.text import GPT, load_text
 from dualprune.tasks.text.data import in_order, windows
+from dualprune.train import run
 
 RECIPE = """
 name = "tiny-text"
@@ -173,3 +174,22 @@ def test_the_real_texts(name):
         pytest.skip("DUALPRUNE_DATA has no texts")
     data = load_text(name)
     assert len(data.train) > 1_000_000 and len(data.test) > 100_000
+
+
+def test_another_text_is_another_run(file, tmp_path):
+    recipe = parse_recipe(RECIPE % file.as_posix())
+    first = run(recipe, "slr", out=tmp_path)
+    other = tmp_path / "other.txt"
+    other.write_text("the dog sat on the mat; " * 100)
+    with pytest.raises(DualpruneError, match="holds a run of other data"):
+        run(parse_recipe(RECIPE % file.as_posix(), [f"data.root={other.as_posix()}"]), "slr", out=tmp_path)
+    assert task(file, split="validation").data_sha256() == first["data_sha256"], "whatever is held out"
+
+
+def test_a_loss_beyond_any_perplexity_is_said(file):
+    one = task(file)
+    model = one.model()
+    with torch.no_grad():
+        model.head.weight.mul_(1e6)
+    with pytest.raises(NonFiniteError, match=r"the loss on the text to measure on is .* nats a byte"):
+        one.measure(model)

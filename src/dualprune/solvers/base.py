@@ -16,7 +16,7 @@ from dualprune.errors import DualpruneError, suggest
 from dualprune.kernels import add_penalty_
 from dualprune.problem import Problem, Target
 from dualprune.schedules import Constant, Geometric, check_fraction, cubic
-from dualprune.solvers.vector import Kept, Scratch, Shifted, chunks, follow_, pull_outside_
+from dualprune.solvers.vector import Kept, Scratch, Shifted, chunks, follow_, pull_, pull_outside_
 
 Row = dict[str, Any]
 
@@ -157,12 +157,7 @@ class DualSolver(Solver):
             for grad, w, z, lam in chunks(*zip(*left, strict=True)) if left else ():
                 z, lam = z.to(w.device), lam.to(w.device)
                 scale = None if grad_scale is None else grad_scale.to(w.device)
-                if outside:
-                    pull_outside_(grad, w, z, lam, rho, scale, self._room)
-                elif scale is not None:
-                    grad.addcmul_(lam, scale).addcmul_(w, scale, value=rho).addcmul_(z, scale, value=-rho)
-                else:
-                    grad.add_(lam).add_(w, alpha=rho).sub_(z, alpha=rho)
+                (pull_outside_ if outside else pull_)(grad, w, z, lam, rho, scale, self._room)
 
     def catch_up(self, rho: float) -> None:
         """Bring Z, where it follows W on its support between updates, to where W is now."""

@@ -22,7 +22,8 @@ class RigL(Method):
 
     The first masks are by magnitude, at the final sparsity; a layer's count never changes, so the budget ("erk" in the
     paper) decides it. Grown weights start at 0; the share of a layer that moves is α/2 (1 + cos πt) (Evci et al. 2020, §3).
-    Units of a pattern are dropped and grown whole.
+    Units of a pattern are dropped and grown whole. What has no gradient is not grown: a layer moves by no more than has
+    one, and not at all where the loss does not reach it.
 
     Difference from the paper: it starts from trained weights, not at random, and an update follows an optimizer step
     instead of taking its place.
@@ -97,7 +98,10 @@ class RigLSolver(MaskedSolver):
 
     def penalty_(self, grad_scale: Tensor | None) -> None:  # noqa: D102
         for target, last in zip(self.problem.targets, self.tensors["grad"], strict=True):
-            if (grad := dense_gradient(target)) is not None:
+            grad = dense_gradient(target)
+            if grad is None:
+                last.zero_()
+            else:
                 last.copy_(grad)
         for last, zeros in zip(self.tensors["grad"], self.problem.frozen or (), strict=self.problem.frozen is not None):
             last.masked_fill_(zeros.to(last.device), 0)  # nothing is grown there
@@ -116,20 +120,23 @@ class RigLSolver(MaskedSolver):
 def rigl_update(w: Tensor, grad: Tensor, active: Tensor, share: float) -> Tensor:
     """Return the new mask over units: `share` of the active ones, the smallest |w|, make room for the largest |grad|.
 
-    What was dropped may be grown again at once, and then keeps its value (Evci et al. 2020, Algorithm 1).
+    What was dropped may be grown again at once, and then keeps its value (Evci et al. 2020, Algorithm 1). Where fewer than
+    `share` have a gradient to be grown for, the largest of those that made room stay.
     """
     kept = int(torch.count_nonzero(active))
     moved = round(share * kept)
     stays = largest(w, kept - moved, active)
-    return stays | largest(grad, moved, ~stays)
+    grown = largest(grad, moved, ~stays & (grad != 0))
+    new = stays | grown
+    return new | largest(w, kept - int(torch.count_nonzero(new)), active & ~new)
 
 
 def largest(scores: Tensor, k: int, among: Tensor) -> Tensor:
-    """Return the mask of the k largest |scores| where `among` is True; the first of equals."""
+    """Return the mask of the k largest |scores| where `among` is True, or of all there; the first of equals."""
     order = scores.abs().masked_fill(~among, -1).flatten().argsort(descending=True, stable=True)
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[order[:k]] = True
-    return mask.view(scores.shape)
+    return mask.view(scores.shape) & among
 
 
 @dataclass(frozen=True)

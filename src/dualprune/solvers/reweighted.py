@@ -189,6 +189,8 @@ class ReweightedSolver(Solver):
         penalties, lr = self.penalties, self.scalars["lr"]
         steepest = 0.5 / lr if lr else math.inf  # one step brings no weight further than halfway to zero
         for b, members in enumerate(self.budgets):
+            if not self.problem.targets[members[0]].sparsity:
+                continue  # nothing is to go there
             grads = [(i, grad) for i in members if (grad := dense_gradient(self.problem.targets[i])) is not None]
             lam = self.scalars["lam"][b] or self._first_lam(b, grads, grad_scale)
             if not lam:

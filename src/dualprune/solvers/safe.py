@@ -116,7 +116,8 @@ def perturbed(optimizer: Optimizer, radius: float, dropped: Iterable[tuple[Tenso
 
     On entering, the gradients of the optimizer's parameters are used up; on leaving, the weights are back to the last bit
     and the gradients are those of the perturbed place. Works with any method that has a penalty. Batch-norm statistics
-    move in both passes: re-estimate them (`finish(calibrate=…)`). Scaled gradients (GradScaler) give the same direction.
+    move in both passes: re-estimate them (`finish(calibrate=…)`). Scaled gradients (GradScaler) give the same direction;
+    where they have overflowed, which skips the step, the weights stay where they are.
 
     Args:
         optimizer: the one of the loop, after `backward()`.
@@ -136,9 +137,10 @@ def perturbed(optimizer: Optimizer, radius: float, dropped: Iterable[tuple[Tenso
                 weight.grad.masked_fill_(drop, 0)
         here = [p.detach().clone() for p in parameters]
         lengths = [torch.linalg.vector_norm(g).to(here[0].device, torch.float32) for g in gradients]
-        scale = radius / (torch.linalg.vector_norm(torch.stack(lengths)) + 1e-12)
+        norm = torch.linalg.vector_norm(torch.stack(lengths))
+        scale = torch.where(norm.isfinite(), radius / (norm + 1e-12), 0)
         for p, g in zip(parameters, gradients, strict=True):
-            p.add_(g * scale.to(g.device, g.dtype))
+            p.add_((g * scale.to(g.device, g.dtype)).nan_to_num_())  # 0 · inf
     optimizer.zero_grad()
     try:
         yield

@@ -55,12 +55,26 @@ def ascend_(lam: Tensors, s: float, W: Tensors, Z: Tensors) -> None:
         multiplier.add_(gap.to(multiplier.device), alpha=s)
 
 
+def pull_(grad: Tensor, w: Tensor, z: Tensor, lam: Tensor, rho: float, scale: Tensor | None, room: Scratch) -> None:
+    """Add scale·(Λ + ρ(W − Z)) to the gradient, in place.
+
+    The pull is formed first: what cancels in it would round a narrow gradient away, were it to pass through that.
+    """
+    gap = _gap(w, z, room)
+    pull = torch.add(lam, gap, alpha=rho, out=gap)
+    if scale is None:
+        grad.add_(pull)
+    else:
+        grad.addcmul_(pull, scale)
+
+
 def pull_outside_(grad: Tensor, w: Tensor, z: Tensor, lam: Tensor, rho: float, scale: Tensor | None, room: Scratch) -> None:
-    """Add scale·(Λ + ρW) to the gradient where Z is zero, in place."""
-    outside = torch.eq(z, 0, out=room.like(w, "outside"))
+    """Add scale·(Λ + ρW) to the gradient where Z is zero, in place, the pull formed first."""
+    outside = torch.eq(z, 0, out=_laid_out(w, "outside", room))
     if scale is not None:
         outside.mul_(scale)
-    grad.addcmul_(outside, lam).addcmul_(outside, w, value=rho)
+    pull = torch.add(lam, w, alpha=rho, out=_laid_out(w, "pull", room, lam.dtype))
+    grad.addcmul_(outside, pull)
 
 
 def follow_(Z: Tensors, W: Tensors, lam: Tensors, rho: float) -> None:
@@ -148,7 +162,13 @@ def _masked(point: Tensor, mask: Tensor) -> Tensor:
 
 
 def _gap(w: Tensor, z: Tensor, room: Scratch) -> Tensor:
-    return torch.sub(w, z.to(w.device), out=room.like(w, "gap", torch.promote_types(w.dtype, z.dtype)))
+    return torch.sub(w, z.to(w.device), out=_laid_out(w, "gap", room, z.dtype))
+
+
+def _laid_out(w: Tensor, role: str, room: Scratch, dtype: torch.dtype | None = None) -> Tensor:
+    """Return memory of w's shape and, where it has no gaps, w's strides, as wide as w and `dtype`."""
+    out = room.like(w, role, torch.promote_types(w.dtype, dtype or w.dtype))
+    return out if w.is_contiguous() or not _dense(w) else out.as_strided(w.shape, w.stride())
 
 
 def _reused(room: Scratch, w: Tensor) -> Tensor | None:

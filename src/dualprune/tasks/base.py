@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dualprune.errors import DualpruneError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -55,6 +57,17 @@ class Task(ABC):
     def loss(self, forward: Callable[..., Any], batch: Batch, settings: OptimizerTable) -> Tensor:
         """Return the mean training loss of a batch, a 0-dim tensor with its graph; `forward` is the (compiled) model."""
 
+    def share(self, batch: Batch, start: int, stop: int) -> Batch:
+        """Return the samples from `start` up to `stop` of a batch: what one of several devices trains on.
+
+        Every tensor and list in the batch is taken to have one entry a sample. A task whose batches hold something else, such
+        as the boxes of all images in one tensor, says here which of it belongs to these samples.
+
+        Raises:
+            DualpruneError: something in the batch is no tensor or list of one entry a sample.
+        """
+        return _cut(batch, len(batch[0]), slice(start, stop))
+
     @abstractmethod
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics, in %, of the model as it is; in eval mode, with every module's mode put back."""
@@ -62,6 +75,10 @@ class Task(ABC):
     @abstractmethod
     def calibration(self, samples: int) -> Iterator[Any]:
         """Yield batches of up to `samples` training inputs without augmentation, for re-estimating batch norm."""
+
+    def data_sha256(self) -> str | None:
+        """Return a hash of what the data are, wherever they lie and whatever the split; None where the task cannot say."""
+        return None
 
     def final_metrics(self, model: nn.Module) -> dict[str, float]:
         """Return figures too dear for every epoch, in %: measured once on the dense and once on the finished model."""
@@ -79,6 +96,18 @@ class Task(ABC):
     def memory_format(self) -> torch.memory_format:
         """Channels last where the recipe says so."""
         return torch.channels_last if self.recipe.training.channels_last else torch.contiguous_format
+
+
+def _cut(item: Any, count: int, part: slice) -> Any:
+    if isinstance(item, tuple):
+        return tuple(_cut(one, count, part) for one in item)
+    if not isinstance(item, Tensor | list) or len(item) != count:
+        held = f"a {type(item).__name__}" + (f" of {len(item)} entries" if isinstance(item, Tensor | list) else "")
+        raise DualpruneError(
+            f"several devices share a batch of {count} samples, but it holds {held}, not one entry a sample: give the task a "
+            "`share` that says what of it belongs to which samples"
+        )
+    return item[part]
 
 
 @contextmanager

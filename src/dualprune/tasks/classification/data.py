@@ -15,16 +15,17 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar, get_args
+from typing import Any, Literal, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dualprune.errors import DataNotFoundError, DualpruneError, FormatError, suggest
+from dualprune.files import listing_sha256
 from dualprune.tasks.classification.imagenet import ImageTree, class_indices, image_tree, wnids
 
 Augment = Literal["none", "flip", "crop-flip", "shift"]
@@ -59,6 +60,9 @@ class ImageData(Protocol):
 
     def fetch(self, split: Split, draws: Sequence[Draw], augment: Augment, device: Device) -> Iterator[Batch]:
         """Yield normalised float32 images and int64 labels for each draw in turn."""
+
+    def sha256(self) -> str:
+        """Return a hash of what the images and labels are, wherever they lie."""
 
     def hold_out(self, held: Tensor) -> Self:
         """The same data with the training images `held` as its test part, and gone from its training part."""
@@ -107,10 +111,7 @@ class ArrayDataset:
         if self.x_train.shape[1:] != self.x_test.shape[1:]:
             shapes = f"{tuple(self.x_train.shape[1:])} and {tuple(self.x_test.shape[1:])}"
             raise DualpruneError(f"{self.name}: training and test images differ in shape, {shapes}")
-        if not len(self.mean) == len(self.std) == self.image_shape[0] or min(self.std) <= 0:
-            raise DualpruneError(
-                f"{self.name}: expected mean and std > 0 for {self.image_shape[0]} channels, got {self.mean}, {self.std}"
-            )
+        _check_normalisation(self.name, self.image_shape[0], self.mean, self.std)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -129,6 +130,11 @@ class ArrayDataset:
             indices = indices.to(x.device)
             images, labels = _move(x[indices], device), _move(y[indices], device)
             yield _augmented(images, augment, seed, self.mean, self.std), labels
+
+    def sha256(self) -> str:
+        """Return a hash of the shapes and checksums of all images and labels."""
+        parts = [part.cpu().contiguous().numpy() for part in (self.x_train, self.y_train, self.x_test, self.y_test)]
+        return hashlib.sha256(repr([(part.shape, zlib.crc32(part.data)) for part in parts]).encode()).hexdigest()
 
     def hold_out(self, held: Tensor) -> ArrayDataset:
         """The training images `held` as the test part, the rest as the training part; the test images are let go."""
@@ -182,6 +188,11 @@ class FolderDataset:
     crop: float = 0.875
     interpolation: Interpolation = "bilinear"
 
+    def __post_init__(self) -> None:
+        _check_normalisation(self.name, 3, self.mean, self.std)
+        if self.workers < 0:
+            raise DualpruneError(f"{self.name}: workers is how many processes decode, 0 or more, got {self.workers}")
+
     @property
     def num_classes(self) -> int:
         """How many folders of classes there are."""
@@ -207,8 +218,17 @@ class FolderDataset:
             pin_memory=torch.device(device or "cpu").type == "cuda",
             generator=torch.Generator().manual_seed(0),  # else the loader draws from the global one
         )
-        for images, labels in loader:
-            yield _normalised(_move(images, device), self.mean, self.std), _move(labels, device)
+        try:
+            for images, labels in loader:
+                yield _normalised(_move(images, device), self.mean, self.std), _move(labels, device)
+        except FormatError as error:
+            # a worker's comes wrapped in the traceback of its process
+            *wrapping, said = str(error).rstrip().splitlines()
+            raise (FormatError(said.partition("FormatError: ")[2]) if wrapping else error) from None
+
+    def sha256(self) -> str:
+        """Return a hash of the files' names and sizes."""
+        return listing_sha256(self.source, [path for path, _ in (*self.train, *self.test)])
 
     def hold_out(self, held: Tensor) -> FolderDataset:
         """The training images `held` as the test part, the rest as the training part; val/ is let go."""
@@ -225,6 +245,11 @@ def _others(held: Tensor, count: int) -> Tensor:
 
 def _move(tensor: Tensor, device: Device) -> Tensor:
     return tensor if device is None else tensor.to(device, non_blocking=True)
+
+
+def _check_normalisation(name: str, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    if not len(mean) == len(std) == channels or min(std) <= 0:
+        raise DualpruneError(f"{name}: expected mean and std > 0 for {channels} channels, got {mean}, {std}")
 
 
 def _check_split(where: str, x: Tensor, y: Tensor, num_classes: int) -> None:
@@ -412,7 +437,7 @@ def _subset(labels: Tensor, count: int | None, seed: int) -> Tensor:
     """Which images to train on: `count` of them, of each class its share, drawn by `seed`; None is all."""
     if count is None:
         return torch.arange(len(labels))
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= len(labels):
+    if not 0 < count <= len(labels):
         raise DualpruneError(f"subset is how many of the {len(labels)} training images to take, got {count!r}")
     return _evenly(labels, count, _generator("subset", seed))
 
@@ -567,7 +592,32 @@ def load_data(name: str, root: str | Path | None = None, **options: Any) -> Arra
     for key in options:
         if key not in accepted:
             raise DualpruneError(f"{name} has no option {key!r}{suggest(key, accepted)}; it has {', '.join(accepted)}")
+    _check_types(name, options, get_type_hints(loader))
     return loader(name=name, root=root, **options)
+
+
+def _check_types(name: str, options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    for key, value in options.items():
+        if get_origin(hints[key]) is Literal:  # the loader names the choices
+            continue
+        try:
+            TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"]
+            raise DualpruneError(f"{name}: option {key}: {said[:1].lower()}{said[1:]}, got {value!r}") from None
+
+
+def trees_sha256(name: str, root: str | Path | None = None) -> str | None:
+    """Return a hash of what a data set is that is decoded whole, by its files' names and sizes; None for any other.
+
+    Raises:
+        DataNotFoundError: nothing was found.
+    """
+    if name not in _TREES:
+        return None
+    return hashlib.sha256(" ".join(tree.sha256() for tree in _TREES[name](name, root)).encode()).hexdigest()
 
 
 def _load_digits(
@@ -835,6 +885,14 @@ def _load_tiny(
 ) -> ArrayDataset:
     """Tiny ImageNet, or some of its classes: the test images are those of val/ whose class has training images."""
     _at_least_one("image_size", image_size)
+    train, test = _tiny_trees(name, root)
+    labels = train.labels()
+    drawn = _subset(labels, subset, seed)
+    x_train = train.decode(image_size, drawn.tolist())
+    return _of_imagenet(name, (x_train, labels[drawn]), test, image_size, mean, std)
+
+
+def _tiny_trees(name: str, root: str | Path | None) -> tuple[ImageTree, ImageTree]:
     tops = [top / folder for top in _roots(root) for folder in ("tinyimagenet", "tiny-imagenet-200", "")]
     found = next((pair for top in tops if (pair := _pair(top))), None)
     if found is None:
@@ -843,11 +901,7 @@ def _load_tiny(
             f"looked in {', '.join(map(str, tops))}; give root, or set DUALPRUNE_DATA to the folder that holds tinyimagenet"
         )
     train = image_tree(found[0])
-    test = image_tree(found[1]).only(train.classes)
-    labels = train.labels()
-    drawn = _subset(labels, subset, seed)
-    x_train = train.decode(image_size, drawn.tolist())
-    return _of_imagenet(name, (x_train, labels[drawn]), test, image_size, mean, std)
+    return train, image_tree(found[1]).only(train.classes)
 
 
 def _pair(top: Path) -> tuple[Path, Path] | None:
@@ -870,13 +924,18 @@ def _load_sample(
 ) -> ArrayDataset:
     """A folder of ImageNet images named after their wnid, for measuring only: there are no training images."""
     _at_least_one("image_size", image_size)
+    (tree,) = _sample_trees(name, root)
+    nothing = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    return _of_imagenet(name, nothing, tree, image_size, mean, std)
+
+
+def _sample_trees(name: str, root: str | Path | None) -> tuple[ImageTree]:
     folders = [Path(root)] if root is not None else [top / "imagenet1k_sample" for top in _roots(None)]
     place = next((folder for folder in folders if folder.is_dir()), None)
     if place is None:
         tried = ", ".join(map(str, folders))
         raise DataNotFoundError(f"{name} is a folder of images named WNID.jpg; looked for {tried}; give root")
-    nothing = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-    return _of_imagenet(name, nothing, image_tree(place), image_size, mean, std)
+    return (image_tree(place),)
 
 
 def _of_imagenet(
@@ -893,4 +952,8 @@ _LOADERS: dict[str, Callable[..., ArrayDataset | FolderDataset]] = {
     "imagefolder": _load_folder,
     "tinyimagenet": _load_tiny,
     "imagenet-sample": _load_sample,
+}
+_TREES: dict[str, Callable[[str, str | Path | None], tuple[ImageTree, ...]]] = {
+    "tinyimagenet": _tiny_trees,
+    "imagenet-sample": _sample_trees,
 }

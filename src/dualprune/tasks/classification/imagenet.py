@@ -6,6 +6,7 @@ sorted wnids of ILSVRC 2012, in which every published 1,000-class head is ordere
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import zipfile
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dualprune.errors import DualpruneError, FormatError, suggest
+from dualprune.files import listing_sha256
 
 _WNID = re.compile(r"n\d{8}")
 _IMAGES = (".jpeg", ".jpg", ".png")
@@ -77,6 +79,14 @@ class ImageTree:
         if not files:
             raise DualpruneError(f"{self.place} has no image of the {len(classes)} classes {', '.join(sorted(classes)[:3])}, …")
         return ImageTree(self.place, files)
+
+    def sha256(self) -> str:
+        """Return a hash of the images' names and sizes; nothing is decoded."""
+        if not self.place.is_file():
+            return listing_sha256(self.place, [self.place / path for path, _ in self.files])
+        with zipfile.ZipFile(self.place) as archive:
+            listed = [(path, archive.getinfo(path).file_size) for path, _ in self.files]
+        return hashlib.sha256(repr(listed).encode()).hexdigest()
 
     def labels(self) -> Tensor:
         """Return the class index of each image: int64."""

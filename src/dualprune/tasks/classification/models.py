@@ -441,7 +441,13 @@ def _built_in(name: str, given: dict[str, int], pretrained: bool, options: dict[
     _check_options(name, options, [key for key in accepted if key not in (*_SIZES, "pretrained")])
     fetched = {"pretrained": True} if pretrained else {}
     # networks that end in a global average take any image_size, so theirs is not an argument
-    return factory(**{key: value for key, value in given.items() if key in accepted}, **fetched, **options)
+    sizes = {key: value for key, value in given.items() if key in accepted}
+    try:
+        return factory(**sizes, **fetched, **options)
+    except DualpruneError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DualpruneError(f"{name} could not be built with {options}: {str(error).splitlines()[0]}") from error
 
 
 def _check_options(name: str, options: Iterable[str], accepted: Sequence[str]) -> None:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualprune.errors import DataNotFoundError
-from dualprune.tasks.base import Batch, Task
+from dualprune.errors import DataNotFoundError, DualpruneError
+from dualprune.tasks.base import Batch, Task, evaluating
 from dualprune.tasks.classification import data as images
 from dualprune.tasks.classification.attacks import Attack, Pixels, build_attack, robustness
 from dualprune.tasks.classification.metrics import accuracies
@@ -35,10 +35,18 @@ class Classification(Task):
         """The images; small data sets live on the GPU, where their batches are made."""
         table = self.recipe.data
         data: Any = images.load_data(table.name, root=table.root, **table.options)
+        self._sha256 = images.trees_sha256(table.name, table.root) or data.sha256()
         if self.split == "validation":
             data = images.split_validation(data, table.validation, seed=self.recipe.seed)
         on_gpu = self.device.type == "cuda" and isinstance(data, images.ArrayDataset)
         return data.to(self.device) if on_gpu else data
+
+    def data_sha256(self) -> str:
+        """Return a hash of the whole data; images that would have to be decoded first go by their files."""
+        if "data" not in self.__dict__ and (listed := images.trees_sha256(self.recipe.data.name, self.recipe.data.root)):
+            return listed
+        _ = self.data
+        return self._sha256
 
     def model(self, *, with_weights: bool = True) -> nn.Module:  # noqa: D102
         table = self.recipe.model
@@ -49,6 +57,8 @@ class Classification(Task):
         if path is not None:
             load_weights(model, path)
         model = model.to(self.device).to(memory_format=self.memory_format)
+        with suppress(DataNotFoundError):
+            self._check_fit(model)
         if path is not None and has_folded_batch_norm(model):
             # a dry run may do without data, and then nothing is trained
             with suppress(DataNotFoundError):
@@ -112,6 +122,23 @@ class Classification(Task):
 
     def calibration(self, samples: int) -> Iterator[Any]:  # noqa: D102
         return images.calibration_batches(self.data, samples, device=self.device, memory_format=self.memory_format)
+
+    def _check_fit(self, model: nn.Module) -> None:
+        """Refuse a model that cannot take the data's images or has no score for some of their classes."""
+        shape, classes, name = self.data.image_shape, self.data.num_classes, self.recipe.model.name
+        x = torch.zeros(2, *shape, device=self.device).contiguous(memory_format=self.memory_format)
+        try:
+            with torch.no_grad(), evaluating(model):
+                scores = model(x)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise DualpruneError(f"[model] {name} cannot take images of shape {shape}, as the data's are: {reason}") from error
+        if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[1] < classes:
+            came = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise DualpruneError(
+                f"[model] {name}: expected scores (2, {classes} or more), as the data have {classes} classes, "
+                f"got {came}; set num_classes in [model] options, or leave it out"
+            )
 
     def _sizes(self) -> dict[str, int]:
         """What the data say about the model's sizes; nothing where they are not at hand: the model then has its own."""

@@ -56,8 +56,15 @@ class Section:
             raise FormatError(f"{self.where}: [{self.kind}] {key} should be numbers, got {value!r}") from None
 
     def integers(self, key: str, default: str | None = None) -> list[int]:
-        """As `numbers`, whole ones."""
-        return [int(number) for number in self.numbers(key, default)]
+        """As `numbers`, whole ones.
+
+        Raises:
+            FormatError: as `numbers`, or one of them is not whole.
+        """
+        values = self.numbers(key, default)
+        if not all(value.is_integer() for value in values):
+            raise FormatError(f"{self.where}: [{self.kind}] {key} should be whole numbers, got {self.text(key, default)!r}")
+        return [int(value) for value in values]
 
     def integer(self, key: str, default: int | None = None, least: int = 0) -> int:
         """One whole number of at least `least`."""
@@ -66,9 +73,27 @@ class Section:
             raise FormatError(f"{self.where}: [{self.kind}] {key} should be a whole number from {least} up, got {values}")
         return values[0]
 
-    def number(self, key: str, default: float) -> float:
-        """One number."""
-        return self.numbers(key, str(default))[0]
+    def fraction(self, key: str, default: float) -> float:
+        """One number in [0, 1].
+
+        Raises:
+            FormatError: it is something else.
+        """
+        values = self.numbers(key, str(default))
+        if len(values) != 1 or not 0 <= values[0] <= 1:
+            raise FormatError(f"{self.where}: [{self.kind}] {key} should be a number in [0, 1], got {self.text(key)!r}")
+        return values[0]
+
+    def positive(self, key: str, default: str | None = None) -> list[float]:
+        """As `numbers`, finite ones above 0.
+
+        Raises:
+            FormatError: as `numbers`, or one of them is not.
+        """
+        values = self.numbers(key, default)
+        if not all(0 < value < math.inf for value in values):
+            raise FormatError(f"{self.where}: [{self.kind}] {key} should be finite and above 0, got {self.text(key)!r}")
+        return values
 
 
 @dataclass(frozen=True)
@@ -419,28 +444,33 @@ def _upsample(section: Section, trace: _Trace) -> _Built:
 
 
 def _dropout(section: Section, trace: _Trace) -> _Built:
-    return nn.Dropout(section.number("probability", 0.5)), *trace.last
+    return nn.Dropout(section.fraction("probability", 0.5)), *trace.last
 
 
 def _yolo(section: Section, trace: _Trace) -> _Built:
     channels, stride = trace.last
-    anchors, classes = section.numbers("anchors"), section.integer("classes", 20, least=1)
+    anchors, classes = section.positive("anchors"), section.integer("classes", 20, least=1)
     pairs = list(zip(anchors[::2], anchors[1::2], strict=False))
     mask = section.integers("mask", ",".join(map(str, range(len(pairs)))))
-    if len(anchors) % 2 or not mask or not all(0 <= i < len(pairs) for i in mask):
-        raise FormatError(f"{section.where}: mask={mask} does not name anchors of the {len(anchors)} numbers there are")
+    if len(anchors) % 2 or not mask or len(set(mask)) < len(mask) or not set(mask) <= set(range(len(pairs))):
+        raise FormatError(
+            f"{section.where}: mask={mask} does not name anchors, each once, of the {len(anchors)} numbers there are"
+        )
     if channels != len(mask) * (5 + classes):
         expected = f"{len(mask)} · (5 + {classes}) = {len(mask) * (5 + classes)}"
         raise FormatError(f"{section.where}: the layer before [yolo] should have filters={expected}, it has {channels}")
     if section.integer("new_coords", 0):
         raise FormatError(f"{section.where}: new_coords=1 (scaled YOLOv4) is not supported")
+    scale = section.positive("scale_x_y", "1")
+    if len(scale) != 1:
+        raise FormatError(f"{section.where}: scale_x_y should be one number, got {scale}")
     head = Head(
         tuple(pairs[i] for i in mask),
         classes,
         stride,
-        section.number("scale_x_y", 1.0),
-        section.number("iou_thresh", Head.assign_above),
-        section.number("ignore_thresh", Head.ignore_above),
+        scale[0],
+        section.fraction("iou_thresh", Head.assign_above),
+        section.fraction("ignore_thresh", Head.ignore_above),
     )
     return Yolo(head), channels, stride
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,10 +24,14 @@ from torch import Tensor
 
 from dualprune.errors import DataNotFoundError, DualpruneError, FormatError, suggest
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
 logger = logging.getLogger("dualprune")
 
 Fit = Literal["letterbox", "stretch"]
 Augment = Literal["none", "flip", "full"]
+Size = tuple[float, float]  # width, height
 Labels = np.ndarray[Any, np.dtype[np.float64]]  # (boxes, 6): class, centre x and y, width, height as fractions, crowd
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -59,6 +64,7 @@ class DetectionSet:
         fit: "letterbox" keeps the proportions and adds grey bars, "stretch" does not, as darknet does.
         workers: processes that decode images which are not in memory; 0 decodes in this one.
         pixels: uint8 (images, 3, size, size) and their placements, where they fit into memory.
+        declared: width and height of each image by the annotations, where they say them; copies may be smaller.
         notes: what was skipped or made up for, and how often.
     """
 
@@ -70,6 +76,7 @@ class DetectionSet:
     fit: Fit = "letterbox"
     workers: int = 4
     pixels: tuple[Tensor, tuple[Placement, ...]] | None = None
+    declared: tuple[Size, ...] = ()
     notes: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
@@ -79,14 +86,14 @@ class DetectionSet:
         """Yield for each draw its images, uint8 (n, 3, size, size), and where they lie in it.
 
         Raises:
-            FormatError: an image cannot be read.
+            FormatError: an image cannot be read, or has other proportions than the annotations say.
         """
         if self.pixels is not None:
             for draw in draws:
                 yield self.pixels[0][list(draw)], [self.pixels[1][i] for i in draw]
             return
         loader = torch.utils.data.DataLoader(
-            _Decoder(self.files, self.size, self.fit),
+            _Decoder(self),
             batch_sampler=[list(draw) for draw in draws],
             num_workers=self.workers,
             collate_fn=_collate,
@@ -101,7 +108,13 @@ class DetectionSet:
         if self.pixels is not None:
             pixels = (self.pixels[0][list(indices)], tuple(self.pixels[1][i] for i in indices))
         files, labels = tuple(self.files[i] for i in indices), tuple(self.labels[i] for i in indices)
-        return replace(self, name=name, files=files, labels=labels, pixels=pixels)
+        declared = tuple(self.declared[i] for i in indices) if self.declared else ()
+        return replace(self, name=name, files=files, labels=labels, pixels=pixels, declared=declared)
+
+    def sha256(self) -> str:
+        """SHA-256 of the images' names and sizes and of all labels, in order."""
+        listed = [(file.name, file.stat().st_size) for file in self.files]
+        return hashlib.sha256(repr(listed).encode() + b"".join(label.tobytes() for label in self.labels)).hexdigest()
 
     def describe(self) -> str:
         """One line: images, boxes, and what was odd."""
@@ -241,20 +254,14 @@ def placement(width: int, height: int, size: int, fit: Fit) -> Placement:
 
 
 def read_image(path: Path, size: int, fit: Fit) -> tuple[Tensor, Placement]:
-    """Decode an image to RGB and lay it onto a square: uint8 (3, size, size).
+    """Decode an image to RGB, upright, and lay it onto a square: uint8 (3, size, size).
 
     Raises:
         FormatError: it is missing, truncated or no image.
     """
     from PIL import Image
 
-    from dualprune.tasks.image_files import UNREADABLE
-
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except UNREADABLE as error:
-        raise FormatError(f"{path} is not a readable image: {error}") from error
+    picture = open_upright(path)
     place = placement(*picture.size, size, fit)
     resized = picture.resize(
         (round(place.width * place.scale_x), round(place.height * place.scale_y)), Image.Resampling.BILINEAR
@@ -264,14 +271,51 @@ def read_image(path: Path, size: int, fit: Fit) -> tuple[Tensor, Placement]:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous(), place
 
 
+def open_upright(path: Path) -> PILImage:
+    """Decode an image to RGB, turned and mirrored as its EXIF orientation says: labels are drawn on what people see.
+
+    Raises:
+        FormatError: it is missing, truncated or no image.
+    """
+    from PIL import ExifTags, Image
+
+    from dualprune.tasks.image_files import UNREADABLE
+
+    turns = Image.Transpose
+    # not ImageOps.exif_transpose, which also writes the EXIF data anew and fails where an entry of it is damaged
+    by_orientation = {
+        2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
+        6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
+    }  # fmt: skip
+    try:
+        with Image.open(path) as image:
+            turn = by_orientation.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            picture = image.convert("RGB")
+            return picture if turn is None else picture.transpose(turn)
+    except UNREADABLE as error:
+        raise FormatError(f"{path} is not a readable image: {error}") from error
+
+
+def _check_proportions(path: Path, place: Placement, declared: Size) -> None:
+    """Make sure that an image has the sides it should have, to one pixel each, or both in some other scale."""
+    (width, height), (wide, high) = place[:2], declared
+    if abs(width * high - height * wide) > wide + high:
+        raise FormatError(
+            f"{path} is {width}×{height} pixels, of other proportions than the {wide:g}×{high:g} that its annotations are for; "
+            "is it turned, cropped, or another image?"
+        )
+
+
 @dataclass(frozen=True)
 class _Decoder(torch.utils.data.Dataset[Any]):
-    files: Sequence[Path]
-    size: int
-    fit: Fit
+    data: DetectionSet
 
     def __getitem__(self, index: int) -> tuple[Tensor, Placement]:
-        return read_image(self.files[index], self.size, self.fit)
+        data = self.data
+        square, place = read_image(data.files[index], data.size, data.fit)
+        if data.declared:
+            _check_proportions(data.files[index], place, data.declared[index])
+        return square, place
 
 
 def _collate(rows: list[tuple[Tensor, Placement]]) -> tuple[Tensor, list[Placement]]:
@@ -311,7 +355,8 @@ def load_split(
 
     Raises:
         DataNotFoundError: there is no such folder or file, or no images in it.
-        FormatError: a label or annotation file is not what it should be; names the line or the annotation.
+        FormatError: a label or annotation file is not what it should be, or does not fit its images; names the line, the
+            annotation or the image.
         DualpruneError: a value is out of range.
     """
     _check(fit=fit, size=size, limit=limit, workers=workers)
@@ -320,12 +365,13 @@ def load_split(
     if annotations is None:
         names = _names(classes)
         files, labels = _read_yolo(place, split, len(names), notes)
+        declared: tuple[Size, ...] = ()
     else:
         path = place / annotations.format(split=split)
-        files, labels, names = _read_json(path, _image_folder(place, split), classes, notes)
+        files, labels, names, declared = _read_json(path, _image_folder(place, split), classes, notes)
     if not sum(map(len, labels)):
         raise DualpruneError(f"{place}: {len(files)} images of {split} and not one box; are the labels of the same split?")
-    data = DetectionSet(split, files, labels, names, size, fit, workers, notes=notes)
+    data = DetectionSet(split, files, labels, names, size, fit, workers, declared=declared, notes=notes)
     if limit is not None:
         data = data.subset([i for i, boxes in enumerate(labels) if len(boxes)][:limit], split)
     data = _cached(data) if (len(data) * 3 * size**2 <= _CACHE_BYTES if cache is None else cache) else data
@@ -452,12 +498,15 @@ def _inside(centre_x: float, centre_y: float, width: float, height: float) -> bo
 
 def _read_json(
     path: Path, folder: Path, classes: Sequence[str] | int | None, notes: Counter[str]
-) -> tuple[tuple[Path, ...], tuple[Labels, ...], tuple[str, ...]]:
-    """Read an instances JSON; its categories are numbered by `_categories`, boxes are fractions of the sizes it names."""
+) -> tuple[tuple[Path, ...], tuple[Labels, ...], tuple[str, ...], tuple[Size, ...]]:
+    """Read an instances JSON: files, labels, names of the classes and declared sizes.
+
+    Its categories are numbered by `_categories`, boxes are fractions of the sizes it names.
+    """
     content = _json(path)
     try:
         number, names = _categories(content["categories"], classes, path)
-        sizes = {one["id"]: (one["file_name"], float(one["width"]), float(one["height"])) for one in content["images"]}
+        sizes = _image_sizes(content["images"], path)
         rows: dict[int, list[tuple[float, ...]]] = {image: [] for image in sizes}
         for i, one in enumerate(content["annotations"]):
             where = f"{path}: annotation {one.get('id', i)}"
@@ -466,24 +515,37 @@ def _read_json(
             if one["image_id"] not in sizes:
                 notes["annotations without an image, skipped"] += 1
                 continue
-            box = _fractions(one["bbox"], *sizes[one["image_id"]][1:], where)
+            box = _fractions(one["bbox"], *sizes[one["image_id"]][1], where)
             rows[one["image_id"]].append((float(number[one["category_id"]]), *box, float(one.get("iscrowd", 0))))
     except FormatError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise FormatError(f"{path} is no instances JSON of COCO: {type(error).__name__}: {error}") from error
     there = {file.name for file in folder.iterdir()}
-    files, labels = [], []
-    for image, (name, *_) in sorted(sizes.items()):
+    files, labels, declared = [], [], []
+    for image, (name, size) in sorted(sizes.items()):
         notes["annotated images without a file, skipped"] += name not in there
         if name in there:
             notes["images without an annotation"] += not rows[image]
             files.append(folder / name)
             labels.append(_clean(rows[image], notes))
-    notes["images that the JSON file does not name, skipped"] += len(there - {name for name, *_ in sizes.values()})
+            declared.append(size)
+    notes["images that the JSON file does not name, skipped"] += len(there - {name for name, _ in sizes.values()})
     if not files:
         raise DataNotFoundError(f"{folder} holds none of the {len(sizes)} images of {path}")
-    return tuple(files), tuple(labels), names
+    return tuple(files), tuple(labels), names, tuple(declared)
+
+
+def _image_sizes(content: Sequence[dict[str, Any]], path: Path) -> dict[int, tuple[str, Size]]:
+    """Of each image's id its file, width and height."""
+    for key in ("id", "file_name"):
+        if (twice := _twice([one[key] for one in content])) is not None:
+            raise FormatError(f"{path} has two images of the {key} {twice!r}")
+    sizes = {one["id"]: (one["file_name"], (float(one["width"]), float(one["height"]))) for one in content}
+    for image, (name, size) in sizes.items():
+        if not all(0 < side < math.inf for side in size):
+            raise FormatError(f"{path}: image {image} ({name}) should have a width and a height above 0, got {size}")
+    return sizes
 
 
 def _categories(
@@ -544,6 +606,8 @@ def _cached(data: DetectionSet) -> DetectionSet:
         except FormatError as error:
             faults.append(str(error))
             continue
+        if data.declared:
+            _check_proportions(file, place, data.declared[i])
         pixels.append(square)
         places.append(place)
         good.append(i)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import os
@@ -75,6 +76,13 @@ class Detection(Task):
             maps = forward(x)
         return detection_loss(self._heads, maps, targets, self._gains, settings.label_smoothing)
 
+    def share(self, batch: Batch, start: int, stop: int) -> Batch:
+        """Return some images of a batch with their boxes, which name them by their new places."""
+        x, targets = batch
+        mine = targets[(targets[:, 0] >= start) & (targets[:, 0] < stop)]
+        mine[:, 0] -= start  # a selection is a copy
+        return x[start:stop], mine
+
     def measure(self, model: nn.Module) -> dict[str, float]:  # noqa: D102
         everything = range(len(self.test))
         truths, found = zip(*self._predict(model, everything, self._confidence), strict=True)
@@ -106,16 +114,23 @@ class Detection(Task):
         """The images that are measured."""
         return self._sets[1]
 
+    def data_sha256(self) -> str:  # noqa: D102
+        return hashlib.sha256("".join(part.sha256() for part in self._whole).encode()).hexdigest()
+
     @cached_property
     def _sets(self) -> tuple[images.DetectionSet, images.DetectionSet]:
+        if self.split == "validation":
+            return images.split_validation(self._whole[0], self.recipe.data.validation, self.recipe.seed)
+        return self._whole
+
+    @cached_property
+    def _whole(self) -> tuple[images.DetectionSet, images.DetectionSet]:
         options = self._data_options
         own = {"train", "test", "confidence", "overlap"}
         shared = {key: value for key, value in options.items() if key not in own}
         root = self.recipe.data.root
         train, test = options.get("train", "train2017"), options.get("test", "val2017")
         data = images.load_split(train, root, **shared)
-        if self.split == "validation":
-            return images.split_validation(data, self.recipe.data.validation, self.recipe.seed)
         # classes have the training data's numbers, whatever the test data's own file says
         return data, data if test == train else images.load_split(test, root, **{**shared, "classes": data.classes})
 
@@ -202,10 +217,9 @@ def in_image(boxes: Boxes, place: images.Placement) -> Boxes:
 
 def draw_boxes(path: Path, truth: Boxes, found: Boxes, classes: Sequence[str]) -> np.ndarray[Any, Any]:
     """Draw found boxes with class and score in the class's colour, and true ones in white: uint8 (height, width, 3)."""
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    picture = images.open_upright(path)
     pen = ImageDraw.Draw(picture)
     for corners in truth.corners.tolist():
         pen.rectangle(corners, outline="white", width=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +75,13 @@ class TuSimple:
         test = tuple(frame for number, frame in enumerate(self.train) if number in held)
         train = tuple(frame for number, frame in enumerate(self.train) if number not in held)
         return replace(self, train=train, test=test)
+
+    def sha256(self) -> str:
+        """SHA-256 of the frames' names, of the sizes of their images and of all labels, in order."""
+        frames = (*self.train, *self.test)
+        listed = [(len(self.train), frame.name, frame.image.stat().st_size) for frame in frames]
+        labels = b"".join(part.tobytes() for frame in frames for part in (frame.lanes, frame.heights))
+        return hashlib.sha256(repr(listed).encode() + labels).hexdigest()
 
     def notes(self) -> str:
         """The counts in words, or nothing."""
@@ -151,13 +160,13 @@ def _read(folder: Path, pattern: str, size: tuple[int, int], missing: str, count
 def _frame(line: str, where: str, beside: Path, folder: Path, size: tuple[int, int], counts: Counter[str]) -> Frame:
     try:
         label = json.loads(line)
-        name, heights = str(label["raw_file"]), np.asarray(label["h_samples"], float)
-        lanes: list[Any] = list(label["lanes"])
+        name, rows, lanes = str(label["raw_file"]), list(label["h_samples"]), list(label["lanes"])
     except (ValueError, TypeError, KeyError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise FormatError(f"{where}: expected an object with raw_file, lanes and h_samples ({reason})") from error
-    if heights.ndim != 1 or not len(heights) or (np.diff(heights) <= 0).any():
-        raise FormatError(f"{where}: h_samples should be ascending heights, got {label['h_samples']}")
+    if not rows or not all(map(_number, rows)) or any(a >= b for a, b in pairwise(rows)):
+        raise FormatError(f"{where}: h_samples should be ascending heights, finite numbers, got {rows}")
+    heights = np.asarray(rows, float)
     for number, lane in enumerate(lanes):
         if not isinstance(lane, list) or len(lane) != len(heights) or not all(_number(x) for x in lane):
             points = f"{len(lane)} entries" if isinstance(lane, list) else repr(lane)
@@ -181,6 +190,7 @@ def _count(x: Array, heights: Array, size: tuple[int, int], counts: Counter[str]
         "frames without lanes": int(not (x >= 0).any()),
         "lanes without points": int((~(x >= 0).any(1)).sum()),
         "points beyond the frame's right edge": int((x > size[1] - 1).sum()),
+        "rows above the frame": int((heights < 0).sum()),
         "rows below the frame": int((heights >= size[0]).sum()),
     }
     counts.update({what: count for what, count in found.items() if count})

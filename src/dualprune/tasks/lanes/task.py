@@ -113,7 +113,16 @@ class Lanes(Task):
 
     @cached_property
     def data(self) -> TuSimple:
-        """The labels; what is odd about them (``data.notes()``) is logged."""
+        """The labels; with split "validation" the test frames are training frames held out."""
+        data = self._whole
+        return data.hold_out(self.recipe.data.validation, self.recipe.seed) if self.split == "validation" else data
+
+    def data_sha256(self) -> str:  # noqa: D102
+        return self._whole.sha256()
+
+    @cached_property
+    def _whole(self) -> TuSimple:
+        """All labels; what is odd about them (``data.notes()``) is logged."""
         table, chosen = self.recipe.data, self.data_options
         options: dict[str, Any] = {key: getattr(chosen, key) for key in ("train", "test", "frame", "missing")}
         data = load_tusimple(table.name, table.root, **options)
@@ -122,7 +131,7 @@ class Lanes(Task):
             data.counts["lanes too short or beyond the network's, not trained on"] = left_out
         if notes := data.notes():
             logger.warning(f"{table.name}: {notes}")
-        return data.hold_out(table.validation, self.recipe.seed) if self.split == "validation" else data
+        return data
 
     def model(self, *, with_weights: bool = True) -> nn.Module:  # noqa: D102
         table, chosen = self.recipe.model, self.model_options

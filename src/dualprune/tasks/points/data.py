@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 from dualprune.errors import DataNotFoundError, DualpruneError, FormatError, suggest
+from dualprune.files import listing_sha256
 from dualprune.tasks.points.boxes import corners_3d, wrap_angle
 
 KINDS = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
 Augment = Literal["none", "flip", "full"]
+_LARGEST_CONDITION = 1e6  # of a calibration's matrices: 1 for rotations, about a thousand for the cameras
 T = TypeVar("T")
 PointBatch = tuple[Tensor, list[Tensor]]  # points (b, p, 4), padded with NaN; for every frame its boxes and classes (n, 8)
 
@@ -40,8 +42,8 @@ class Objects:
 
     Attributes:
         kind: names of the classes.
-        truncation: share of the object outside the image, 0 to 1.
-        occlusion: 0 visible, 1 partly, 2 largely hidden, 3 unknown.
+        truncation: share of the object outside the image, 0 to 1; -1 not said.
+        occlusion: 0 visible, 1 partly, 2 largely hidden, 3 unknown; -1 not said.
         alpha: angle at which the object is seen.
         bbox: (n, 4) left, top, right, bottom in pixels of image 2.
         size: (n, 3) height, width, length in metres.
@@ -164,6 +166,12 @@ class Kitti:
         return torch.cat([to_lidar(objects, self.calibration(frame)), index[:, None]], 1)
 
     @cached_property
+    def passed_over(self) -> Counter[str]:
+        """How many objects of which other classes there are."""
+        kinds = (kind for frame in {*self.train, *self.test} for kind in self.label(frame).kind.tolist())
+        return Counter(kind for kind in kinds if kind not in self.classes)
+
+    @cached_property
     def summary(self) -> str:
         """What there is to train on and to measure on, and what of it is passed over, in a few words."""
         rows = []
@@ -176,6 +184,16 @@ class Kitti:
                 f"{part}: {len(frames)} frames, {empty} with nothing to find; {found}; passed over: {others or 'nothing'}"
             )
         return "\n".join(rows)
+
+    def sha256(self) -> str:
+        """SHA-256 of the lists of frames and of the names and sizes of their files, in order."""
+        frames = (*self.train, *self.test)
+        files = (
+            path
+            for frame in frames
+            for path in (self._points_path(frame), *(self.folder / part / f"{frame}.txt" for part in ("label_2", "calib")))
+        )
+        return hashlib.sha256(f"{len(self.train)} {listing_sha256(self.folder, files)}".encode()).hexdigest()
 
     def hold_out(self, fraction: float, seed: int) -> Kitti:
         """The same data with a part of the training frames, drawn by `seed`, as test frames."""
@@ -261,7 +279,8 @@ def read_objects(path: Path) -> Objects:
     """Read a label file (15 fields a line) or a result file (16, the score last); an empty file has no objects.
 
     Raises:
-        FormatError: a line has other fields, a number is none, the class is none of KITTI's, or an object has no size.
+        FormatError: a line has other fields, a number is none, the class is none of KITTI's, or an object (DontCare is none)
+            has no size, an empty box, or a truncation or occlusion that KITTI does not have.
     """
     kinds, rows = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -279,28 +298,48 @@ def read_objects(path: Path) -> Objects:
             raise FormatError(f"{path}, line {number}: {error}") from None
         if not all(map(math.isfinite, values)):
             raise FormatError(f"{path}, line {number}: a number is not finite: {line!r}")
-        if fields[0] != "DontCare" and min(values[7:10]) <= 0:
-            raise FormatError(f"{path}, line {number}: height, width and length are above 0, got {' '.join(fields[8:11])}")
+        if fields[0] != "DontCare" and (fault := _object_fault(values)):
+            raise FormatError(f"{path}, line {number}: {fault}")
         kinds.append(fields[0])
         rows.append(values if len(fields) == 16 else [*values, 1.0])
     return _objects(kinds, np.array(rows, np.float64).reshape(-1, 15))
+
+
+def _object_fault(values: Sequence[float]) -> str:
+    """What of an object's numbers cannot be, its class left out; "" if nothing."""
+    truncation, occlusion, (left, top, right, bottom), size = values[0], values[1], values[3:7], values[7:10]
+    if min(size) <= 0:
+        return f"height, width and length are above 0, got {' '.join(f'{side:g}' for side in size)}"
+    if not (right > left and bottom > top):
+        return f"a box is left, top, right, bottom; this one is empty: {left:g} {top:g} {right:g} {bottom:g}"
+    if truncation != -1 and not 0 <= truncation <= 1:
+        return f"truncation lies in [0, 1], or is -1, got {truncation:g}"
+    return "" if occlusion in (-1, 0, 1, 2, 3) else f"occlusion is 0, 1, 2 or 3, or -1, got {occlusion:g}"
 
 
 def read_calibration(path: Path) -> Calibration:
     """Read P2, R0_rect and Tr_velo_to_cam of a calibration file.
 
     Raises:
-        FormatError: one of them is missing, or has another number of values.
+        FormatError: one of them is missing, has another number of values or one that is not finite, or maps space onto less.
     """
-    rows = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines() if ":" in line)
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    rows = {key: (number, text) for number, line in lines for key, colon, text in (line.partition(":"),) if colon}
 
     def matrix(key: str, shape: tuple[int, int]) -> np.ndarray:
         if key not in rows:
             raise FormatError(f"{path} has no {key}; it has {', '.join(rows) or 'nothing'}")
+        number, text = rows[key]
+        where = f"{path}, line {number}: {key}"
         try:
-            return np.array(rows[key].split(), np.float64).reshape(shape)
+            values = np.array(text.split(), np.float64).reshape(shape)
         except ValueError:
-            raise FormatError(f"{path}: {key} should be {shape[0] * shape[1]} numbers, got {rows[key].strip()!r}") from None
+            raise FormatError(f"{where} should be {shape[0] * shape[1]} numbers, got {text.strip()!r}") from None
+        if not np.isfinite(values).all():
+            raise FormatError(f"{where} has a number that is not finite: {text.strip()!r}")
+        if np.linalg.cond(values[:, :3]) > _LARGEST_CONDITION:
+            raise FormatError(f"{where} is singular, so that points cannot be taken back: {text.strip()!r}")
+        return values
 
     rectify, lidar = np.eye(4), np.eye(4)
     rectify[:3, :3], lidar[:3] = matrix("R0_rect", (3, 3)), matrix("Tr_velo_to_cam", (3, 4))
@@ -370,7 +409,15 @@ def augmented(points: Tensor, boxes: Tensor, kind: Augment, generator: torch.Gen
 def collate(frames: Sequence[tuple[Tensor, Tensor]], device: torch.device | None = None) -> PointBatch:
     """One tensor of all frames' points, filled up with NaN points, and the list of their boxes."""
     points = torch.nn.utils.rnn.pad_sequence([points for points, _ in frames], batch_first=True, padding_value=math.nan)
-    return points.to(device), [boxes.to(device) for _, boxes in frames]
+    boxes = _moved(torch.cat([boxes for _, boxes in frames]), device)
+    return _moved(points, device), list(boxes.split([len(boxes) for _, boxes in frames]))
+
+
+def _moved(t: Tensor, device: torch.device | None) -> Tensor:
+    """To the device; a GPU fetches it from pinned memory while this process goes on."""
+    if device is None or device.type != "cuda":
+        return t.to(device)
+    return t.pin_memory().to(device, non_blocking=True)
 
 
 def train_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,7 @@ from dualprune.tasks.points.targets import Found, detect
 if TYPE_CHECKING:
     from dualprune.recipe import OptimizerTable
 
+logger = logging.getLogger("dualprune")
 EVAL_BATCH = 4  # frames in a batch that is not trained on
 _ORDER = ("moderate", "easy", "hard")
 _HEADINGS: dict[str, tuple[View, str, int]] = {
@@ -86,10 +88,22 @@ class Points(Task):
 
     @cached_property
     def data(self) -> Kitti:
-        """The frames, read when asked for; with split "validation" the test frames are training frames held out."""
+        """The frames, read when asked for; with split "validation" the test frames are training frames held out.
+
+        What there is and what is passed over (``data.summary``) is logged.
+        """
+        data = self._whole
+        data = data.hold_out(self.recipe.data.validation, self.recipe.seed) if self.split == "validation" else data
+        (logger.warning if data.passed_over else logger.info)(f"{data.name}: {data.summary}")
+        return data
+
+    def data_sha256(self) -> str:  # noqa: D102
+        return self._whole.sha256()
+
+    @cached_property
+    def _whole(self) -> Kitti:
         table, chosen = self.recipe.data, self.data_options
-        data = load_kitti(table.name, table.root, train=chosen.train, test=chosen.test, classes=self._classes)
-        return data.hold_out(table.validation, self.recipe.seed) if self.split == "validation" else data
+        return load_kitti(table.name, table.root, train=chosen.train, test=chosen.test, classes=self._classes)
 
     def model(self, *, with_weights: bool = True) -> nn.Module:  # noqa: D102
         table = self.recipe.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -38,6 +39,13 @@ class Corpus:
     train: Bytes
     test: Bytes
     source: str
+
+    def sha256(self) -> str:
+        """Return a hash of both parts."""
+        both = hashlib.sha256(repr((len(self.train), len(self.test))).encode())
+        for part in (self.train, self.test):
+            both.update(part.data)
+        return both.hexdigest()
 
     def hold_out(self, fraction: float) -> Corpus:
         """Return the same data with the end of the training part to measure on, in place of the test part."""

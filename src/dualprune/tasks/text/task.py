@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualprune.errors import DualpruneError
+from dualprune.errors import DualpruneError, NonFiniteError
 from dualprune.tasks.base import Batch, Task, evaluating
 from dualprune.tasks.classification.models import load_weights
 from dualprune.tasks.options import read_options
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dualprune.recipe import OptimizerTable
 
 _EVAL_BATCH = 64
+_MOST_NATS = math.log(sys.float_info.max)  # the exponential of more is no number
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,12 @@ class Text(Task):
         if table.options:
             raise DualpruneError(f"[data] options: a text takes none, got {', '.join(table.options)}")
         data = texts.load_text(table.name, table.root)
+        self._sha256 = data.sha256()
         return data.hold_out(table.validation) if self.split == "validation" else data
+
+    def data_sha256(self) -> str:  # noqa: D102
+        _ = self.data
+        return self._sha256
 
     def model(self, *, with_weights: bool = True) -> nn.Module:  # noqa: D102
         table = self.recipe.model
@@ -102,7 +109,10 @@ class Text(Task):
             raise DualpruneError(
                 f"{self.data.name}: {len(self.data.test)} bytes to measure on are no window of {self.options.length}"
             )
-        figures = (100 * hits / count, nats / count / math.log(2), math.exp(nats / count))
+        mean = nats / count
+        if not mean < _MOST_NATS:
+            raise NonFiniteError(f"the loss on the text to measure on is {mean:.4g} nats a byte, beyond any perplexity")
+        figures = (100 * hits / count, mean / math.log(2), math.exp(mean))
         return dict(zip(self.metrics, figures, strict=True))
 
     def calibration(self, samples: int) -> Iterator[Any]:  # noqa: D102
