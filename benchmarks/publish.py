@@ -202,8 +202,8 @@ def measure_also(recipe: RecipeRuns, title: str, override: str) -> None:
         if changed.dense is not None:
             raise SystemExit(f"--also measures published weights; those of {recipe.name} are trained by [dense]")
         if not dense:
-            task = build_task(changed)
-            dense = task.measure(task.model())
+            # made by the run's own recipe: data that are for measuring only may lack what a pretrained model asks for
+            dense = build_task(changed).measure(build_task(load_recipe(place / "recipe.toml")).model())
         when = "cut" if run["retrained"] is None else "retrained"
         for stage, found in (("dense", dense), (when, evaluate(changed, place / "pruned.safetensors")["metrics"])):
             run["metrics"][stage] |= {f"{title}: {metric}": round(value, 4) for metric, value in found.items()}
