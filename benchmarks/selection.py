@@ -104,7 +104,7 @@ def main() -> None:
     figures = {}
     for millions, dtype in cases:
         name = f"{millions:g} million {str(dtype).removeprefix('torch.')} weights"
-        figures[name] = measure(millions, dtype, args.device, rounds=1 if args.quick else 5 if millions < 100 else 2)
+        figures[name] = measure(millions, dtype, args.device, rounds=5 if millions < 100 and not args.quick else 1)
         table(f"{name}, in plain copies", figures[name])
         report(args, "selection", {"rate": RATE, "copies": figures})  # after each, so that an interrupted run keeps what it has
 
