@@ -195,6 +195,7 @@ def layerwise(
     pattern: Annotated[str, typer.Option(help="unstructured, 2:4, …")] = "unstructured",
     method: Annotated[str, typer.Option(help="slr, admm, alps, sparsegpt, wanda or magnitude.")] = "slr",
     blocks: Annotated[str | None, typer.Option(help="Glob of the blocks, model.layers.*; found by itself by default.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Glob of weights that stay as they are; may be repeated.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     length: Annotated[int | None, typer.Option(help="Tokens in a window; what the model sees by default.", min=2)] = None,
     seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
@@ -205,6 +206,7 @@ def layerwise(
     from dualprune.train import pick_device
 
     settings: dict[str, Any] = {"method": method, "sparsity": sparsity, "pattern": pattern, "blocks": blocks, "seed": seed}
+    settings |= {"ignore": ignore or ()}
     result = prune_pretrained(model, data, out, samples=samples, length=length, device=pick_device(device), **settings)
     print(f"kept       {result['kept']:,} of {result['total']:,} weights in {len(result['layers'])} layers")
     if result["perplexity_dense"] is not None:

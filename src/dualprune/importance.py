@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +34,7 @@ class SecondMoment:
             raise _no_moments(optimizer)
         self.optimizer = optimizer
         self._looked = False
-        self._look()
-        if not self._looked:
-            _look_after_steps(self)
+        self.check()
 
     def weigh(self, weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> list[Tensor]:
         """Return `values`, one tensor a weight, times √v in float32; as they are before the first step, which makes v."""
@@ -46,8 +43,8 @@ class SecondMoment:
             return list(values)
         return [_rooted(self._second_moment(s), v) * v for s, v in zip(states, values, strict=True)]
 
-    def _look(self) -> None:
-        """Raise if the optimizer's state, once there is one, has no second moments."""
+    def check(self) -> None:
+        """Raise if the optimizer's state, once there is one, has no second moments; asked after every step, it looks once."""
         if self._looked:
             return
         states = [state for state in self.optimizer.state.values() if state]
@@ -70,17 +67,6 @@ def check_importance(name: str) -> str:
         near = suggest(str(name), IMPORTANCES)
         raise DualpruneError(f"expected importance to be one of {', '.join(IMPORTANCES)}; got {name!r}{near}")
     return name
-
-
-def _look_after_steps(moments: SecondMoment) -> None:
-    """Have the first step that leaves a state looked at."""
-    alive = ref(moments)  # what an attach() that failed leaves behind keeps silent
-
-    def look(*_: object) -> None:  # a hook cannot remove itself while torch walks through them
-        if (mine := alive()) is not None:
-            mine._look()
-
-    moments.optimizer.register_step_post_hook(look)
 
 
 def _rooted(moment: Tensor | None, like: Tensor) -> Tensor:

@@ -218,6 +218,8 @@ class Pruner:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.step_count += 1
+        if self.problem.importance is not None:
+            self.problem.importance.check()
         drops = self.problem.frozen if self._drops is None else self._drops
         if drops is not None:
             cut_(self.problem.weights, drops)
