@@ -225,6 +225,9 @@ def test_experts_are_not_called_pruned(saved, tmp_path):
     assert result == json.loads((tmp_path / "pruned/layerwise.json").read_text())
     assert result["sparsity"] == 0.5 and result["block_sparsity"] == pytest.approx(true) and true < 0.1
     assert len(result["untouched"]) == 3 * 3 and said[-1].endswith(f"{true:.4f} of all weights of the blocks")
+    same = ("--sparsity", "0.5", "--method", "wanda", "--samples", "4", "--length", "16", "--ignore", "model.layers.*.mlp.*")
+    assert call("mixture", "--data", "text.txt", "--out", "again", "--device", "cpu", *same) == 0
+    assert json.loads((tmp_path / "again/layerwise.json").read_text())["untouched"] == result["untouched"]
 
 
 def test_a_text_that_cannot_be_read(saved, capsys):
