@@ -162,6 +162,7 @@ def wire(rank: int, size: int) -> dict[str, list[int]]:
     from dualprune.distributed import keep_largest
 
     mesh, traffic = init_device_mesh("cpu", (size,)), {}
+    torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for numel in (1000, 100_000):
             w = distribute_tensor(torch.randn(numel, 1, dtype=torch.float64).to(dtype), mesh, [Shard(0)])
@@ -175,8 +176,9 @@ def test_a_selection_sends_histograms_and_no_weights(tmp_path):
     rounds = {"torch.float32": [11, 11, 9], "torch.bfloat16": [11, 4], "torch.float64": [11] * 5 + [8]}
     for traffic in run(wire, 2, tmp_path):
         for dtype, digits in rounds.items():
-            few, many = traffic[dtype]
-            most = sum(8 * 2**d for d in digits) + 8  # and how many ties there are
-            assert few <= many <= most + 2 * 8 * 2**11  # ties at the threshold: rounds for their places
-            if dtype != "torch.bfloat16":  # distinct numbers have no ties
-                assert few == many == most
+            least = sum(8 * 2**d for d in digits) + 8  # and how many ties there are
+            for sent in traffic[dtype]:  # of a thousand weights and of a hundred thousand
+                if dtype == "torch.bfloat16":  # ties at the threshold, if not all stay, take rounds for their places
+                    assert least <= sent <= least + 2 * 8 * 2**11
+                else:  # distinct numbers have none
+                    assert sent == least
