@@ -16,6 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 torch.set_num_threads(1)  # on tensors this small threads only wait for each other
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Make every test a repetition of its last run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def net() -> nn.Sequential:
     """A tiny convolutional network, the same in every test."""

@@ -648,14 +648,14 @@ def test_a_short_run_sees_some_forty_updates_by_default(net, optimizer):
     assert attach(net, sgd(net), ADMM(), rate=5, total_steps=10**6).every == ADMM.default_every
 
 
-def test_the_sets_shrink_and_the_penalty_grows_along_the_run(net, optimizer):
+def test_the_sets_shrink_along_the_run_and_the_penalty_follows_the_learning_rate(net, optimizer):
     pruner = attach(net, optimizer, SLR(), rate=5, total_steps=40, every=2)
     train(net, optimizer, range(40), pruner)
     scale = [row["sparsity_scale"] for row in pruner.history]
     rho = [row["rho"] for row in pruner.history]
     assert scale == sorted(scale) and scale[0] < 0.3 and scale[-1] == 1
-    assert rho == sorted(rho) and rho[-1] > rho[0]
-    assert all(row["s"] <= row["rho"] * (1 + 1e-12) for row in pruner.history), "the step never exceeds cap times rho"
+    assert len(set(rho)) == 1, "ρ follows the learning rate, which is constant here"
+    assert all(row["s"] <= 0.1 * row["rho"] * (1 + 1e-12) for row in pruner.history), "the step never exceeds cap times rho"
 
 
 def test_weights_and_copies_come_to_agree_and_the_cut_costs_little(trained, calibration):

@@ -113,6 +113,19 @@ def test_fused_penalty_interpreted(dtype: torch.dtype, state: torch.dtype, scale
     check_penalty(torch.device("cpu"), dtype, state, None if scale is None else torch.tensor(scale), outside)
 
 
+@interpreter
+@pytest.mark.parametrize("outside", [False, True])
+def test_weights_that_are_pulled_themselves_interpreted(outside: bool) -> None:
+    rows = [(w, w, z, lam) for _, w, z, lam in rows_of(torch.device("cpu"), torch.float32, torch.float32)]
+    for _, _, z, _ in rows:
+        z.mul_(torch.rand_like(z) < 0.5)
+    scale = torch.tensor(-0.2 / 0.3)
+    expected = [penalised(row, 0.3, float(scale), outside) for row in rows]
+    add_penalty_(rows, 0.3, scale, outside)
+    for row, wanted in zip(rows, expected, strict=True):
+        torch.testing.assert_close(row[1].double(), wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_penalty_is_traced_by_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """The foreach path, in one graph, whatever Triton could do."""
     monkeypatch.setattr(kernels, "_interpreted", lambda: True)

@@ -76,6 +76,8 @@ def test_defaults_and_types():
             "methods.slr.rho={start=0.1}",
             "[methods.slr] rho: a schedule is { start = 0.01, end = 1.0, over = 0.8 }, got",
         ),
+        ("methods.slr.rho={closing='yes'}", "[methods.slr] Closing(times) expects a positive finite number, got 'yes'"),
+        ("methods.slr.rho={closing=1.0,end=2.0}", "[methods.slr] rho: unknown key 'closing'"),
         ("methods.oneshot.base=paper", "[methods.oneshot] base = 'paper' is for slr, admm, reweighted and safe"),
         ('prune.patterns={"conv2"="3:"}', "[prune.patterns]"),
         ('prune.patterns={"conv2"=90}', "did you mean 0.9?"),
@@ -131,7 +133,7 @@ def test_not_toml_and_not_there(tmp_path):
 
 
 def test_methods_are_built():
-    from dualprune import ADMM, SLR, Geometric, GradualMagnitude, Magnitude
+    from dualprune import ADMM, SLR, Closing, Geometric, GradualMagnitude, Magnitude
 
     text = (
         BASE
@@ -150,6 +152,9 @@ rho = 0.3
 [methods.gradual]
 kind = "gradual"
 lr = 0.2
+[methods.close]
+kind = "admm"
+rho = { closing = 2.0 }
 """
     )
     recipe = parse_recipe(text)
@@ -158,6 +163,7 @@ lr = 0.2
     assert recipe.method("gradual").build() == GradualMagnitude()
     assert recipe.method("paper").build() == SLR.paper(s0=0.02)
     assert recipe.method("admm").build() == ADMM(rho=Geometric(0.01, 2.0))
+    assert recipe.method("close").build() == ADMM(rho=Closing(2.0))
     assert recipe.method("free").build() == SLR(rho=0.3, cap=None)
     assert (recipe.lr("gradual"), recipe.lr("slr")) == (0.2, 0.05)
     assert recipe.with_lr("slr", 0.3).lr("slr") == 0.3 and recipe.lr("slr") == 0.05

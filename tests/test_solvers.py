@@ -263,7 +263,7 @@ def test_support_change_counts_flipped_masks() -> None:
 # ---------------------------------------------------------------------- the traps of public code
 
 
-@pytest.mark.parametrize("method", [SLR(), SLR.paper(), ADMM(), ADMM.paper()], ids=repr)
+@pytest.mark.parametrize("method", [SLR(rho=RHO), SLR.paper(), ADMM(), ADMM.paper()], ids=repr)
 def test_state_shares_no_memory_with_the_model(method: Method) -> None:
     model, problem = two_layers()
     solver = method.start(problem, Store())

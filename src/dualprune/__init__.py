@@ -26,7 +26,7 @@ _HOMES = {
     "ties": ("tied_filters",),
     "removal": ("ShrinkReport", "load_shrunk", "save_shrunk", "shrink", "shrink_report", "silence"),
     "sparsity": ("sparsity_report",),
-    "schedules": ("Constant", "Geometric"),
+    "schedules": ("Closing", "Constant", "Geometric"),
     "solvers": ("ACDC", "ADMM", "SAFE", "SLR", "GradualMagnitude", "Magnitude", "Reweighted", "RigL", "perturbed"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

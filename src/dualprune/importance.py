@@ -11,7 +11,7 @@ from torch.optim import ASGD, Adamax, Optimizer
 from dualprune.errors import DualpruneError, suggest
 
 IMPORTANCES = ("magnitude", "second-moment")
-_SECOND_MOMENTS = ("exp_avg_sq", "square_avg")  # as Adam and its kin, and RMSprop, call them
+SECOND_MOMENTS = ("exp_avg_sq", "square_avg")  # as Adam and its kin, and RMSprop, call them
 _LOOKALIKES = (Adamax, ASGD)  # have a β₂, or an α, for something else
 
 
@@ -49,13 +49,13 @@ class SecondMoment:
             return
         states = [state for state in self.optimizer.state.values() if state]
         self._looked = bool(states)
-        if states and not any(name in state for state in states for name in _SECOND_MOMENTS):
+        if states and not any(name in state for state in states for name in SECOND_MOMENTS):
             raise _no_moments(self.optimizer)
 
     def _second_moment(self, state: dict[str, Tensor]) -> Tensor | None:
         if not state:
             return None  # never had a gradient: the loss does not feel it
-        for name in _SECOND_MOMENTS:
+        for name in SECOND_MOMENTS:
             if name in state:
                 return state[name]
         raise _no_moments(self.optimizer)

@@ -28,6 +28,7 @@ from dualprune.quantise import Held, fit_scale, snap
 from dualprune.solvers import ADMM, SLR, GradualMagnitude, Magnitude
 from dualprune.solvers.base import Clock, Method, Row, Store
 from dualprune.solvers.vector import all_finite
+from dualprune.stride import Stride
 
 logger = logging.getLogger("dualprune")
 
@@ -195,7 +196,7 @@ class Pruner:
         if self.checks_replicas:  # before anything that one rank alone may raise: the others would wait for its hashes
             distributed.check_replicas(self._replicated(), self._group)
         self._require_finite_weights()
-        row = self.solver.update(Clock(loss, self.progress, self._lr()))
+        row = self.solver.update(Clock(loss, self.progress, self._lr(), self._stride(), self.every))
         if self._drops is not None:
             cut_(self.problem.weights, self._drops)
         return self._record(row, loss)
@@ -218,6 +219,8 @@ class Pruner:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.step_count += 1
+        if self.solver.decoupled and not self.finished and not self._holding:
+            self.solver.pull_()
         if self.problem.importance is not None:
             self.problem.importance.check()
         drops = self.problem.frozen if self._drops is None else self._drops
@@ -556,6 +559,9 @@ class Pruner:
     def _lr(self) -> float | None:
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         return max((float(group["lr"]) for group in groups if "lr" in group), default=None)
+
+    def _stride(self) -> Stride | None:
+        return None if self.optimizer is None else Stride(self.optimizer, [t.weight for t in self.problem.targets])
 
     def _require_finite_weights(self) -> None:
         weights = self.problem.weights

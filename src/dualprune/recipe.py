@@ -683,13 +683,15 @@ def _check_sparsity(value: float) -> float:
 
 
 def _field(key: str, value: Any) -> Any:
-    """``{start, end, over}`` → a geometric schedule; "none" → None, which TOML cannot say; anything else as it is."""
+    """``{closing}`` → `Closing`, ``{start, end, over}`` → `Geometric`; "none" → None, which TOML cannot say."""
     if value == "none":
         return None
     if not isinstance(value, Mapping):
         return value
-    from dualprune.schedules import Geometric
+    from dualprune.schedules import Closing, Geometric
 
+    if value.keys() == {"closing"}:
+        return Closing(value["closing"])
     known = [one.name for one in fields(Geometric)]
     for name in value:
         if name not in known:
@@ -698,7 +700,7 @@ def _field(key: str, value: Any) -> Any:
         return Geometric(**value)
     except TypeError:
         example = "{ start = 0.01, end = 1.0, over = 0.8 }"
-        raise DualpruneError(f"{key}: a schedule is {example}, got {dict(value)}") from None
+        raise DualpruneError(f"{key}: a schedule is {example}, got {value}") from None
 
 
 def _at(where: str, build: Any) -> None:

@@ -39,7 +39,32 @@ class Geometric:
         return self.start * (self.end / self.start) ** reached
 
 
-Schedule = Constant | Geometric
+@dataclass(frozen=True)
+class Closing:
+    """The penalty's pull shrinks ‖W − Z‖ by e^−times between two updates, whatever the optimizer and its learning rate.
+
+    The pull acts on the weights themselves, after the optimizer's step, as decoupled weight decay does (Loshchilov and
+    Hutter 2019): W ← W − κ(W − Z + Λ/ρ), κ = 1 − e^(−times/n), n the steps between updates, from the first update on.
+    ρ is what would do as much through the gradient of plain descent: times/(gain · η · n), where a step moves a weight by η
+    times its gradient and momentum makes gain = 1/(1 − momentum) steps of one. A learning rate below a tenth of the highest
+    so far counts as that tenth. Source: docs/theory.md.
+    """
+
+    times: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("Closing(times)", self.times)
+
+    def penalty(self, eta: float, fastest: float, steps: float) -> float:
+        """Return ρ at η, the largest η so far, and how many steps' worth of a steady pull there is between two updates."""
+        return self.times / (steps * max(eta, fastest / 10, 1e-12))
+
+    def share(self, steps: int) -> float:
+        """Return κ, how much of the gap one step closes, at so many steps between updates."""
+        return -math.expm1(-self.times / steps)
+
+
+Schedule = Constant | Geometric | Closing
 
 
 def as_schedule(value: float | Schedule, what: str) -> Schedule:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dualprune.problem import Problem
 from dualprune.schedules import Geometric, as_schedule
-from dualprune.solvers.base import Clock, ConstantOrSchedule, DualMethod, DualSolver, Row, Store
+from dualprune.solvers.base import Clock, ConstantOrSchedule, DualMethod, DualSolver, Row, Store, first_penalty
 from dualprune.solvers.vector import Shifted, ascend_, lagrangian_terms, replace_
 
 
@@ -42,12 +42,12 @@ class ADMMSolver(DualSolver):
     """One update is one screen: project, then ascend with step ρ."""
 
     def __init__(self, problem: Problem, method: ADMM, store: Store) -> None:
-        super().__init__(problem, method, store, as_schedule(method.rho, "ADMM(rho)")(0.0), k=1)
+        super().__init__(problem, method, store, first_penalty(method.rho), k=1)
         self.admm = method
 
     def update(self, clock: Clock) -> Row:  # noqa: D102
         W, Z, lam = self.problem.weights, self.tensors["Z"], self.tensors["lam"]
-        rho = as_schedule(self.admm.rho, "ADMM(rho)")(clock.progress)
+        rho = self.penalty(self.admm.rho, clock)
         self.catch_up(rho)
         before = math.sqrt(lagrangian_terms(W, Z, lam)[1])
 

@@ -15,8 +15,9 @@ from dualprune.distributed import empty_like, local
 from dualprune.errors import DualpruneError, suggest
 from dualprune.kernels import add_penalty_
 from dualprune.problem import Problem, Target
-from dualprune.schedules import Constant, Geometric, check_fraction, cubic
+from dualprune.schedules import Closing, Geometric, Schedule, as_schedule, check_fraction, cubic
 from dualprune.solvers.vector import Kept, Scratch, Shifted, chunks, follow_, pull_, pull_outside_
+from dualprune.stride import Stride
 
 Row = dict[str, Any]
 
@@ -54,14 +55,16 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class Clock:
-    """What an update may depend on besides tensors: the mean observed loss, the progress and the learning rate.
+    """What an update may depend on besides tensors: the mean observed loss, the progress, the learning rate, the stride.
 
-    None: the loss was not handed in, the learning rate (the largest of the optimizer's groups) is not known.
+    None: the loss was not handed in; there is no optimizer whose learning rate (the largest of its groups) would be known.
     """
 
     loss: float | None
     progress: float
     lr: float | None = None
+    stride: Stride | None = None
+    steps: int = 1  # of the optimizer, from one update to the next
 
 
 class Solver:
@@ -73,6 +76,7 @@ class Solver:
         self.scalars = scalars
 
     penalises = False  # has a penalty, whose gradient `penalty_` adds at every step
+    decoupled = False  # has a penalty that `pull_` applies to the weights after every step, instead
     masks_weights = False  # moves masks itself at every update
     fixed_size = False  # and these always keep what is asked for, so that a cut keeps to them
 
@@ -82,6 +86,10 @@ class Solver:
 
     def penalty_(self, grad_scale: Tensor | None) -> None:
         """Add the penalty's gradient to `.grad` in place, times `grad_scale` where a fused optimizer unscales by itself."""
+        raise NotImplementedError
+
+    def pull_(self) -> None:
+        """Move the weights themselves, after the optimizer's step."""
         raise NotImplementedError
 
 
@@ -131,33 +139,63 @@ class DualMethod(Method):
 
 
 class DualSolver(Solver):
-    """Z = Π(W), Λ = 0 at the start, and the penalty ρ that the gradient hook reads."""
+    """Z = Π(W), Λ = 0 at the start, and the penalty ρ that the gradient hook reads; 0 until an update has found it."""
 
     penalises = True
 
     def __init__(self, problem: Problem, method: DualMethod, store: Store, rho: float, **scalars: Any) -> None:
         self.method = method
+        self.decoupled = isinstance(getattr(method, "rho", None), Closing)
         W = problem.weights
         points, masks = problem.project(W, method.sparsity_scale(0.0))
         Z = [store.like(w).copy_(torch.where(m, p, 0)) for w, p, m in zip(W, points, masks, strict=True)]
         lam = [store.like(w).zero_() for w in W]
         super().__init__(problem, {"Z": Z, "lam": lam}, {"rho": rho, **scalars})
         self._room = Scratch()
+        self._by: tuple[float, Tensor] | None = None  # −κ/ρ as a number and on the device
 
     def penalty_(self, grad_scale: Tensor | None) -> None:
         """W.grad += Λ + ρ(W − Z), the penalty's gradient (eq. 5); where Z follows W, only outside Z's support."""
+        if not self.decoupled:
+            self._add([dense_gradient(t) for t in self.problem.targets], grad_scale)
+
+    def pull_(self) -> None:
+        """W −= κ/ρ · (Λ + ρ(W − Z)): the same direction, in a step of its own; nothing before the first update."""
+        if share := self.scalars.get("share"):
+            by = -share / self.scalars["rho"]
+            if self._by is None or self._by[0] != by:
+                self._by = by, torch.tensor(by, device=self.problem.weights[0].device)
+            self._add([t.weight.detach() if t.weight.requires_grad else None for t in self.problem.targets], self._by[1])
+
+    def _add(self, to: Sequence[Tensor | None], scale: Tensor | None) -> None:
+        """Add scale · (Λ + ρ(W − Z)) in place, for every target to what `to` has for it."""
         rho = self.scalars["rho"]
         for outside in (False, True):
             rows = [
-                (local(grad), local(t.weight.detach()), local(z), local(lam))
-                for t, z, lam in zip(self.problem.targets, self.tensors["Z"], self.tensors["lam"], strict=True)
-                if self._follows(t) is outside and (grad := dense_gradient(t)) is not None
+                (local(there), local(t.weight.detach()), local(z), local(lam))
+                for there, t, z, lam in zip(to, self.problem.targets, self.tensors["Z"], self.tensors["lam"], strict=True)
+                if self._follows(t) is outside and there is not None
             ]
-            left = add_penalty_(rows, rho, grad_scale, outside) if rows else []
-            for grad, w, z, lam in chunks(*zip(*left, strict=True)) if left else ():
+            left = add_penalty_(rows, rho, scale, outside) if rows else []
+            for there, w, z, lam in chunks(*zip(*left, strict=True)) if left else ():
                 z, lam = z.to(w.device), lam.to(w.device)
-                scale = None if grad_scale is None else grad_scale.to(w.device)
-                (pull_outside_ if outside else pull_)(grad, w, z, lam, rho, scale, self._room)
+                here = None if scale is None else scale.to(w.device)
+                (pull_outside_ if outside else pull_)(there, w, z, lam, rho, here, self._room)
+
+    def penalty(self, rho: float | Schedule, clock: Clock) -> float:
+        """Return ρ for an update at `clock`."""
+        schedule = as_schedule(rho, "rho")
+        if not isinstance(schedule, Closing):
+            return schedule(clock.progress)
+        if clock.stride is None:
+            raise DualpruneError("Closing measures ρ in optimizer steps, and there is none here: give rho=Geometric(0.1, 1.0)")
+        books = self.scalars
+        # the gradient's own size, before a penalty adds to it
+        books["noise"] = books.get("noise") or clock.stride.noise()
+        eta = clock.stride.length(books["noise"])
+        books["fastest"] = max(eta, books.get("fastest", 0.0))
+        books["share"] = schedule.share(clock.steps)
+        return schedule.penalty(eta, books["fastest"], clock.steps * clock.stride.gain)
 
     def catch_up(self, rho: float) -> None:
         """Bring Z, where it follows W on its support between updates, to where W is now."""
@@ -188,6 +226,12 @@ def _cuts(problem: Problem, V: Shifted, scale: float) -> Sequence[Kept] | None:
     return [cuts[i] for i in sorted(cuts)] if pools else None
 
 
+def first_penalty(rho: float | Schedule) -> float:
+    """Return ρ before the first update: 0 where only that can measure it."""
+    schedule = as_schedule(rho, "rho")
+    return 0.0 if isinstance(schedule, Closing) else schedule(0.0)
+
+
 def dense_gradient(target: Target) -> Tensor | None:
     """Return the gradient of a target's weight, to be added to; None where it has none.
 
@@ -206,4 +250,4 @@ def dense_gradient(target: Target) -> Tensor | None:
 
 
 PULLS = ("everywhere", "outside")
-ConstantOrSchedule = float | Constant | Geometric
+ConstantOrSchedule = float | Schedule

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from dualprune.errors import DualpruneError, suggest
 from dualprune.problem import Problem
-from dualprune.schedules import Geometric, as_schedule, check_positive, slr_alpha
-from dualprune.solvers.base import Clock, ConstantOrSchedule, DualMethod, DualSolver, Row, Store
+from dualprune.schedules import Closing, as_schedule, check_positive, slr_alpha
+from dualprune.solvers.base import Clock, ConstantOrSchedule, DualMethod, DualSolver, Row, Store, first_penalty
 from dualprune.solvers.vector import Kept, Shifted, Tensors, ascend_, lagrangian_terms, replace_
 
 STEP_RULES = ("contraction", "as_printed")
@@ -20,7 +20,7 @@ class SLR(DualMethod):
     """Weights W and sparse copies Z, pulled together by multipliers Λ and a penalty ρ/2 ‖W − Z‖² (eq. 4).
 
     Args:
-        rho: penalty, a number or a schedule over the run.
+        rho: penalty, a number or a schedule over the run, for the gradient; `Closing` moves the weights by itself.
         s0: first step size of the multipliers.
         M, r: constants of the step factor α_k (eq. 13); M > 1, 0 < r < 1.
         step_rule: "contraction" keeps s_k‖g_k‖ = α_k s_{k−1}‖g_{k−1}‖, on which the convergence proof rests;
@@ -37,12 +37,12 @@ class SLR(DualMethod):
         DualpruneError: a constant is out of its range.
     """
 
-    rho: ConstantOrSchedule = Geometric(0.1, 1.0, over=0.8)
+    rho: ConstantOrSchedule = Closing(1.0)
     s0: float = 0.1
     M: float = 300.0
     r: float = 0.1
     step_rule: str = "contraction"
-    cap: float | None = 1.0
+    cap: float | None = 0.1
     ramp: float = 0.6
     hold: float = 0.2
     pull: str = "outside"  # type: ignore[misc]  # a field here, a constant in the base
@@ -117,15 +117,16 @@ class SLRSolver(DualSolver):
     """Keeps the books of `slr_update`: k, s, the last violation and the last Lagrangian."""
 
     def __init__(self, problem: Problem, method: SLR, store: Store) -> None:
-        rho = as_schedule(method.rho, "SLR(rho)")(0.0)
-        super().__init__(problem, method, store, rho, s=method.s0, k=1, g_last=None, inner=0.0, square=None, f=None)
+        super().__init__(
+            problem, method, store, first_penalty(method.rho), s=method.s0, k=1, g_last=None, inner=0.0, square=None, f=None
+        )
         _, square = lagrangian_terms(problem.weights, self.tensors["Z"], self.tensors["lam"])
         self.scalars |= {"g_last": math.sqrt(square), "square": square}
         self.slr = method
 
     def update(self, clock: Clock) -> Row:  # noqa: D102
         books, method = self.scalars, self.slr
-        rho = as_schedule(method.rho, "SLR(rho)")(clock.progress)
+        rho = self.penalty(method.rho, clock)
         known = clock.loss is not None and (books["f"] is not None or books["k"] == 1)
         f, f_prev = (clock.loss or 0.0, books["f"]) if known else (0.0, 0.0)
         # L at the last weights with today's ρ: Λ has not moved since, nor has Z but where it follows W, which only lowers the
