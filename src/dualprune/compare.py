@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualprune.errors import DualpruneError, FormatError
-from dualprune.files import write_json
+from dualprune.files import read_json, write_json
 from dualprune.progress import Progress
 from dualprune.recipe import Recipe, check_seed
-from dualprune.report import read_json, render_comparison
+from dualprune.report import render_comparison
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,10 +7,9 @@ file is escaped. What a folder does not hold is said in the page; a file that is
 from __future__ import annotations
 
 import base64
-import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from dualprune.errors import FormatError
-from dualprune.files import write_text
+from dualprune.files import NUMBER, check_object, read_json, read_rows, read_text, write_text
 from dualprune.markup import (
     DASH,
     Html,
@@ -53,11 +52,10 @@ HONEST = (
 # ------------------------------------------------------------------ reading a run folder
 
 Row = dict[str, Any]
-_NUMBER = (int, float)
 _RESULT: dict[str, Any] = {
     **dict.fromkeys(("recipe", "label", "method", "metric", "split", "budget", "device", "recipe_sha256"), str),
     **dict.fromkeys(("command", "weights_sha256", "data_sha256"), str),
-    **dict.fromkeys(("dense", "cut", "retrained", "rate", "rate_model", "lr", "seconds", "peak_memory_mb"), _NUMBER),
+    **dict.fromkeys(("dense", "cut", "retrained", "rate", "rate_model", "lr", "seconds", "peak_memory_mb"), NUMBER),
     **dict.fromkeys(("seed", "kept", "total", "kept_model", "total_model", "epochs", "steps", "updates"), int),
     **dict.fromkeys(("retrain_epochs", "batch_size"), int),
     **dict.fromkeys(("versions", "paper", "sizes", "metrics"), dict),
@@ -67,17 +65,17 @@ _LAYER = {"name": str, "shape": list, "pattern": str, "kept": int, "total": int}
 _SIZES = {"dense_bytes": int, "sparse_bytes": int}
 _HISTORY: dict[str, Any] = {
     **dict.fromkeys(("step", "update"), int),
-    **dict.fromkeys(("rho", "s", "violation", "z_change", "support_change", "dual_bound"), _NUMBER),
+    **dict.fromkeys(("rho", "s", "violation", "z_change", "support_change", "dual_bound"), NUMBER),
     **dict.fromkeys(("condition_w", "condition_z", "loss_known"), bool),
 }
 _EPOCHS: dict[str, Any] = {
     **dict.fromkeys(("epoch", "step"), int),
-    **dict.fromkeys(("loss", "lr", "accuracy", "accuracy_cut", "seconds"), _NUMBER),
+    **dict.fromkeys(("loss", "lr", "accuracy", "accuracy_cut", "seconds"), NUMBER),
 }
 _COMPARED: dict[str, Any] = {
     "label": str,
     **dict.fromkeys(("n", "epochs"), int),
-    **dict.fromkeys(("mean", "std", "dense", "lr", "seconds_mean", "rate", "paper"), _NUMBER),
+    **dict.fromkeys(("mean", "std", "dense", "lr", "seconds_mean", "rate", "paper"), NUMBER),
     **dict.fromkeys(("recipe_sha256", "diverged"), list),
 }
 _FILES = ("result.json", "history.jsonl", "epochs.jsonl", "recipe.toml")
@@ -114,7 +112,7 @@ def _read_run(folder: Path) -> _Run:
     for key, types in (("layers", _LAYER), ("sizes", _SIZES)):
         parts = (result or {}).get(key) or []
         for place, part in enumerate(parts if key == "layers" else [parts] if parts else [], 1):
-            _check(part, types, f"{folder / 'result.json'}, {key}{f' row {place}' if key == 'layers' else ''}", types)
+            check_object(part, types, f"{folder / 'result.json'}, {key}{f' row {place}' if key == 'layers' else ''}", types)
     named = _NAME.fullmatch(folder.resolve().name)
     found = result or {}
     return _Run(
@@ -122,72 +120,10 @@ def _read_run(folder: Path) -> _Run:
         label=found.get("label") or (named["label"] if named else folder.resolve().name),
         seed=found.get("seed", int(named["seed"]) if named else None),
         result=result,
-        history=_read_rows(folder / "history.jsonl", _HISTORY, ("step", "update")),
-        epochs=_read_rows(folder / "epochs.jsonl", _EPOCHS, ("epoch",)),
-        recipe=_read_text(folder / "recipe.toml"),
+        history=read_rows(folder / "history.jsonl", _HISTORY, ("step", "update")),
+        epochs=read_rows(folder / "epochs.jsonl", _EPOCHS, ("epoch",)),
+        recipe=read_text(folder / "recipe.toml"),
     )
-
-
-def _read_text(path: Path) -> str:
-    """Return the text of a file, or an empty string if there is none."""
-    if not path.is_file():
-        return ""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is no UTF-8 text (byte {error.start}): it is damaged, run again") from error
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def read_json(path: Path, types: Mapping[str, Any] | None = None) -> Row | None:
-    """Return the JSON object in a file, or None if there is none; `types` says what its values are, where not null.
-
-    Raises:
-        FormatError: the file is cut short or damaged, or holds something else; the message names it and the line.
-    """
-    if not path.is_file():
-        return None
-    row = _parse(_read_text(path), path, first_line=1)
-    _check(row, types or {}, str(path), ())
-    return row
-
-
-def _read_rows(path: Path, types: Mapping[str, Any], required: Iterable[str]) -> list[Row]:
-    rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            rows.append(_parse(line, path, first_line=number))
-            _check(rows[-1], types, f"{path}, line {number}", required)
-    return rows
-
-
-def _parse(text: str, path: Path, *, first_line: int) -> Any:
-    def refuse(constant: str) -> float:
-        raise FormatError(f"{path}{f', line {first_line}' if path.suffix == '.jsonl' else ''} holds {constant}, no JSON")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise FormatError(
-            f"{path}, line {line}: not JSON ({error.msg}, column {error.colno}); it is cut short or damaged"
-        ) from error
-    except RecursionError as error:
-        raise FormatError(f"{path}, line {first_line}: JSON nested too deeply for a run's file") from error
-
-
-def _check(row: Any, types: Mapping[str, Any], where: str, required: Iterable[str]) -> None:
-    """Raise FormatError unless `row` is an object, has what is required, and holds null or the right types."""
-    if not isinstance(row, dict):
-        raise FormatError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    if missing := [key for key in required if row.get(key) is None]:
-        raise FormatError(f"{where}: {missing[0]!r} is missing")
-    for key, kind in types.items():
-        value = row.get(key)
-        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            words = "a number" if kind == _NUMBER else f"of type {kind.__name__}"
-            raise FormatError(f"{where}: {key!r} should be {words}, got {value!r:.60}")
 
 
 def _read_heat_maps(path: Path) -> dict[str, Any]:
@@ -527,7 +463,7 @@ def render_comparison(recipe_dir: str | Path) -> Path:
     folder = Path(recipe_dir)
     table = read_json(folder / "compare.json", {"recipe": str, "split": str, "rows": list, "paper": dict}) or {}
     for number, row in enumerate(table.get("rows") or [], 1):
-        _check(row, _COMPARED, f"{folder / 'compare.json'}, row {number}", ("label",))
+        check_object(row, _COMPARED, f"{folder / 'compare.json'}, row {number}", ("label",))
     places = sorted(path for path in folder.glob("*-seed*") if _NAME.fullmatch(path.name) and _holds_run(path))
     runs = [_read_run(path) for path in places]
     runs.sort(key=lambda run: (run.label, run.seed if run.seed is not None else -1))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import dualprune
 from dualprune.errors import DualpruneError, FormatError
-from dualprune.files import atomic_write
-from dualprune.report import read_json, render_run
+from dualprune.files import atomic_write, read_json
+from dualprune.report import render_run
 
 CHECKPOINT_VERSION = 1
 HEATMAP_SIDE = 256
