@@ -42,11 +42,12 @@ class Ledger(TorchDispatchMode):
         return out
 
 
-def measure(model: nn.Module, x: Tensor, y: Tensor, rounds: int, device: str) -> dict[str, Any]:
+def measure(model: nn.Module, x: Tensor, y: Tensor, rounds: int, device: str, method: dualprune.SLR) -> dict[str, Any]:
     """Return the ratios and counts of one model at one batch."""
     model, x, y = model.to(device).train(), x.to(device), y.to(device)
     plain, pruned = (torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9) for _ in range(2))
-    pruner = dualprune.attach(model, pruned, dualprune.SLR.paper(), rate=10, ignore=(), every=10**9)
+    pruner = dualprune.attach(model, pruned, method, rate=10, ignore=(), every=10**9)
+    pruner.update()  # the default pulls from then on
 
     def step(optimizer: torch.optim.Optimizer, observe: Callable[[Tensor], None]) -> None:
         loss = F.cross_entropy(model(x), y)
@@ -92,10 +93,12 @@ def main() -> None:
     for name, (make, shape, classes) in cases.items():
         torch.manual_seed(0)
         x, y = torch.randn(shape), torch.randint(classes, shape[:1])
-        figures[name] = measure(make(), x, y, rounds=3 if args.quick else 12, device=args.device)
-        rows = {key: figures[name][key] for key in ("whole_steps", "one_plus_hook_over_step")}
-        table(f"{name}, {figures[name]['parameters']:,} parameters, {tuple(shape)}", rows)
-        report(args, "overhead", figures)  # after each, so that an interrupted run keeps what it has
+        for label, method in (("", dualprune.SLR(ramp=0, hold=0)), (", the papers' SLR", dualprune.SLR.paper())):
+            found = measure(make(), x, y, rounds=3 if args.quick else 12, device=args.device, method=method)
+            figures[name + label] = found
+            rows = {key: found[key] for key in ("whole_steps", "one_plus_hook_over_step")}
+            table(f"{name}{label}, {found['parameters']:,} parameters, {tuple(shape)}", rows)
+            report(args, "overhead", figures)  # after each, so that an interrupted run keeps what it has
 
 
 def _count(optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -190,8 +190,9 @@ def test_a_finished_run_of_pat_outlives_new_keys_of_recipes(arena, tmp_path, mon
     pytest.importorskip("torchao")
     recipe, trial = parse_recipe(SMALL, ["training.epochs=1"]), {"lr": 0.05, "heal": 0.5}
     first = arena.pat.run(recipe, trial, 1, tmp_path, device="cpu")
-    same = parse_recipe(SMALL, ["training.epochs=1", "training.checkpoint_minutes=9", "data.root=elsewhere"])
+    same = parse_recipe(SMALL, ["training.epochs=1", "training.checkpoint_minutes=9"])
     assert arena.pat.run(same, trial, 1, tmp_path, device="cpu") == first
+    assert len(first["data_sha256"]) == 64
     assert first["recipe_sha256"] == digest(
         recipe.deciding() | {"trial": trial, "run_seed": 1, "split": "test", "method": "pat"}
     ) and "robust" not in recipe.deciding()  # fmt: skip

@@ -116,6 +116,24 @@ def test_rho_is_what_gradient_descent_would_need() -> None:
     assert Closing(4.0).share(50) == pytest.approx(1 - math.exp(-4 / 50))
 
 
+def test_another_optimizer_is_measured_anew_and_manual_updates_count_their_own_steps() -> None:
+    model = nn.Linear(16, 16)
+    optimizer = Adam(model.parameters(), lr=1e-3)
+    pruner = dualprune.attach(model, optimizer, SLR(ramp=0, hold=0), sparsity=0.5, ignore=(), every=10**6)
+
+    def update(optimizer: Optimizer, steps: int) -> float:
+        for _ in range(steps):
+            model.weight.grad = torch.full_like(model.weight, 0.01)
+            optimizer.step()
+        return float(pruner.update()["rho"])
+
+    assert update(optimizer, 5) == pytest.approx(0.01 / 1e-3 / 5, rel=1e-3)
+    assert pruner.solver.scalars["share"] == pytest.approx(1 - math.exp(-1 / 5))
+    other = SGD(model.parameters(), lr=0.1)
+    pruner.follow(other)
+    assert update(other, 20) == pytest.approx(1 / 0.1 / 20)
+
+
 def test_a_frozen_weight_is_not_pulled() -> None:
     model = nn.Linear(16, 16)
     optimizer = SGD(model.parameters(), lr=0.1)

@@ -22,7 +22,7 @@ from dualprune.problem import Problem, build_problem
 from dualprune.progress import Progress, Silent
 from dualprune.recipe import Recipe, digest
 from dualprune.run_folder import device_name, earlier_result, make_folder, peak_memory, reset_peak_memory, versions
-from dualprune.tasks import build_task
+from dualprune.tasks import Task, build_task
 
 LABEL = "pat"
 HEALS = (0.75, 0.9)  # where healing may start, as a fraction of the run
@@ -50,13 +50,18 @@ def run(
     identity = digest(recipe.deciding() | {"trial": dict(trial), "run_seed": seed, "split": split, "method": LABEL})
     made_of = {"method": f"PAT(heal={trial['heal']:g})", "weights_sha256": recipe.weights_sha256()}
     make_folder(place)
-    if (finished := earlier_result(place, identity, made_of)) is not None:
+    if (finished := earlier_result(place, identity, made_of, lambda: _task(recipe, split, device).data_sha256())) is not None:
         return finished
-    task = build_task(recipe, split, train.pick_device(device))
+    task = _task(recipe, split, device)
+    made_of["data_sha256"] = task.data_sha256()
     job = train._Job(recipe, LABEL, seed, task, dense_folder or root, place, identity, made_of, progress or Silent())
     reset_peak_memory(job.device)
     with train._reproducible(job.device):
         return _run(job, trial)
+
+
+def _task(recipe: Recipe, split: str, device: str | None) -> Task:
+    return build_task(recipe, split, train.pick_device(device))
 
 
 def _run(job: Any, trial: Mapping[str, float]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from dualprune.patterns import KernelPattern
 from dualprune.problem import Problem, Rule, build_problem, check_frozen, parameter_name
 from dualprune.quantise import Held, fit_scale, snap
 from dualprune.solvers import ADMM, SLR, GradualMagnitude, Magnitude
-from dualprune.solvers.base import Clock, Method, Row, Store
+from dualprune.solvers.base import OF_OPTIMIZER, Clock, Method, Row, Store
 from dualprune.solvers.vector import all_finite
 from dualprune.stride import Stride
 
@@ -196,7 +196,7 @@ class Pruner:
         if self.checks_replicas:  # before anything that one rank alone may raise: the others would wait for its hashes
             distributed.check_replicas(self._replicated(), self._group)
         self._require_finite_weights()
-        row = self.solver.update(Clock(loss, self.progress, self._lr(), self._stride(), self.every))
+        row = self.solver.update(Clock(loss, self.progress, self._lr(), self._stride(), self._steps_since_update()))
         if self._drops is not None:
             cut_(self.problem.weights, self._drops)
         return self._record(row, loss)
@@ -344,6 +344,7 @@ class Pruner:
             self.problem.importance = SecondMoment(optimizer)
         self.detach()
         self.optimizer = optimizer
+        self.solver.scalars = {k: v for k, v in self.solver.scalars.items() if k not in OF_OPTIMIZER}
         self._hook(optimizer)
 
     @torch.no_grad()
@@ -559,6 +560,9 @@ class Pruner:
     def _lr(self) -> float | None:
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         return max((float(group["lr"]) for group in groups if "lr" in group), default=None)
+
+    def _steps_since_update(self) -> int:
+        return self.step_count - (self.history[-1]["step"] if self.history else 0) or self.every
 
     def _stride(self) -> Stride | None:
         return None if self.optimizer is None else Stride(self.optimizer, [t.weight for t in self.problem.targets])

@@ -24,7 +24,7 @@ from dualprune.solvers import ADMM, SLR
 from dualprune.solvers.base import Clock, DualMethod, Store
 
 UPDATES = 100  # dual updates of SLR and ADMM
-LAYER_SLR = SLR(rho=Geometric(0.02, 0.5, over=0.9), s0=0.02, ramp=0.0, hold=0.0, pull="everywhere")
+LAYER_SLR = SLR(rho=Geometric(0.02, 0.5, over=0.9), s0=0.02, cap=1.0, ramp=0.0, hold=0.0, pull="everywhere")
 LAYER_ADMM = ADMM(rho=Geometric(0.02, 0.5, over=0.9))
 
 

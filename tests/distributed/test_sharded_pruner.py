@@ -21,6 +21,7 @@ GROUPS = {"1.weight": Channel(), "3.weight": Block(2, 4), "5.weight": Filter()}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "slr": (SLR.paper(), {"rate": 5, "budget": "global"}),
     "slr-held": (SLR(rho=0.3), {"rate": 4, "patterns": {"3.weight": "2:4"}}),
+    "slr-default": (SLR(), {"rate": 4, "budget": "global"}),
     "admm-groups": (ADMM.paper(), {"sparsity": 0.5, "patterns": GROUPS}),
     "pooled-filters": (ADMM(hold=0.3), {"sparsity": 0.5, "budget": "global", "patterns": {"[135].weight": Filter()}}),
     "gradual": (GradualMagnitude(), {"rate": 5}),

@@ -250,4 +250,5 @@ def dense_gradient(target: Target) -> Tensor | None:
 
 
 PULLS = ("everywhere", "outside")
+OF_OPTIMIZER = ("noise", "fastest")  # scalars that `penalty` has measured on the optimizer at hand
 ConstantOrSchedule = float | Schedule
