@@ -39,7 +39,7 @@ class Stride:
 
     def length(self, noise: float) -> float:
         """Return η at today's learning rate."""
-        return float(self._longest["lr"]) / noise
+        return float(self._longest.get("lr", 0.0)) / noise
 
     @property
     def gain(self) -> float:
@@ -49,7 +49,7 @@ class Stride:
 
     @property
     def _longest(self) -> dict[str, Any]:
-        return max(self.optimizer.param_groups, key=lambda group: float(group["lr"]))
+        return max(self.optimizer.param_groups, key=lambda group: float(group.get("lr", 0.0)))
 
 
 def _memory(group: Mapping[str, Any]) -> float | None:
