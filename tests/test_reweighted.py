@@ -32,6 +32,7 @@ from dualprune.patterns import Pattern
 from dualprune.problem import build_problem
 from dualprune.solvers.base import Clock, Store
 from dualprune.solvers.reweighted import ReweightedSolver, feedback
+from dualprune.stride import Stride
 from helpers import accuracy, batch, digits, sgd, snapshot, tiny_net, train
 from reference import ReweightedTwin
 from test_loops import FUSED, OPTIMIZERS, scaled_steps, scaler
@@ -119,6 +120,11 @@ def test_the_gradient_is_that_of_the_penalty_as_written(pattern: Pattern, norm: 
         assert torch.equal(conv.bias.grad, grads[1]), "a bias is not pruned"
 
 
+def clock(progress: float, solver: ReweightedSolver, lr: float) -> Clock:
+    weights = solver.problem.weights
+    return Clock(None, progress, Stride(torch.optim.SGD(weights, lr=lr), weights))
+
+
 @BY_NORM
 def test_a_weight_of_zeros_gets_no_gradient(norm: str) -> None:
     for pattern in UNIT:
@@ -155,7 +161,7 @@ def test_it_follows_its_slow_twin(pattern: Pattern, pooled: bool, norm: str | No
         for w, g in zip(solver.problem.weights, grads, strict=True):
             w.sub_(g, alpha=0.3).add_(torch.randn(w.shape, generator=noise, dtype=w.dtype), alpha=1e-3)
         was = solver.scalars["lam"][0]
-        row = solver.update(Clock(None, update / 50 * 0.8, lr))
+        row = solver.update(clock(update / 50 * 0.8, solver, lr))
         slow = twin.update(as_lists(solver.problem.weights), update / 50 * 0.8, lr)
         assert {k: row[k] for k in slow} == pytest.approx(slow, rel=1e-7)
         assert solver.scalars["lam"] == pytest.approx(twin.lam, rel=1e-7)
@@ -180,7 +186,7 @@ def assert_same(mine: list[Tensor], theirs: list[list[float]]) -> None:
 def test_no_step_brings_a_weight_beyond_halfway_to_zero(pattern: Pattern, norm: str) -> None:
     """Absurdly large λ and learning rate: an unrounded |w| would throw every weight across zero and far out."""
     model, solver = layers(pattern, Reweighted(lam=1e6, norm=norm))
-    solver.update(Clock(None, 0.0, 0.7))
+    solver.update(clock(0.0, solver, lr=0.7))
     before = [w.clone() for w in solver.problem.weights]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)

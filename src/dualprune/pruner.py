@@ -196,7 +196,7 @@ class Pruner:
         if self.checks_replicas:  # before anything that one rank alone may raise: the others would wait for its hashes
             distributed.check_replicas(self._replicated(), self._group)
         self._require_finite_weights()
-        row = self.solver.update(Clock(loss, self.progress, self._lr(), self._stride(), self._steps_since_update()))
+        row = self.solver.update(Clock(loss, self.progress, self._stride(), self._steps_since_update()))
         if self._drops is not None:
             cut_(self.problem.weights, self._drops)
         return self._record(row, loss)
@@ -556,10 +556,6 @@ class Pruner:
         if not math.isfinite(mean):
             raise NonFiniteError(f"the observed loss is {mean} at optimizer step {self.step_count}: stop and go back")
         return mean
-
-    def _lr(self) -> float | None:
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        return max((float(group["lr"]) for group in groups if "lr" in group), default=None)
 
     def _steps_since_update(self) -> int:
         return self.step_count - (self.history[-1]["step"] if self.history else 0) or self.every

@@ -39,7 +39,13 @@ class Stride:
 
     def length(self, noise: float) -> float:
         """Return η at today's learning rate."""
-        return float(self._longest.get("lr", 0.0)) / noise
+        return (self.lr or 0.0) / noise
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate, the largest of the groups'; None where no group has one."""
+        lr = self._longest.get("lr")
+        return None if lr is None else float(lr)
 
     @property
     def gain(self) -> float:

@@ -55,16 +55,20 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class Clock:
-    """What an update may depend on besides tensors: the mean observed loss, the progress, the learning rate, the stride.
+    """What an update may depend on besides tensors: the mean observed loss, the progress, and how the optimizer steps.
 
-    None: the loss was not handed in; there is no optimizer whose learning rate (the largest of its groups) would be known.
+    None: the loss was not handed in; there is no optimizer.
     """
 
     loss: float | None
     progress: float
-    lr: float | None = None
     stride: Stride | None = None
     steps: int = 1  # of the optimizer, from one update to the next
+
+    @property
+    def lr(self) -> float | None:
+        """The optimizer's learning rate, the largest of its groups'; None where there is none."""
+        return None if self.stride is None else self.stride.lr
 
 
 class Solver:
