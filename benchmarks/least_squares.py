@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import dualprune
 from dualprune.files import write_json
-from dualprune.problem import build_problem
+from dualprune.scope import build_problem
 from dualprune.solvers import ADMM, SLR
 from dualprune.solvers.base import Clock, DualMethod, Store
 

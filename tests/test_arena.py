@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dualprune.errors import DualpruneError
-from dualprune.problem import build_problem
 from dualprune.progress import Silent
 from dualprune.recipe import digest, load_recipe, parse_recipe
+from dualprune.scope import build_problem
 from helpers import TINY_RECIPE, same_bits, tiny_net, train
 
 ROOT = Path(__file__).resolve().parents[1]

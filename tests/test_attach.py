@@ -57,7 +57,7 @@ class Tokens(nn.Module):
 
 
 def test_by_default_only_layers_weights_are_pruned_and_the_rest_is_said() -> None:
-    problem = dualprune.problem.build_problem(Tokens(), rate=4)
+    problem = dualprune.scope.build_problem(Tokens(), rate=4)
     assert [t.name for t in problem.targets] == ["patch.weight", "head.weight"]
     assert problem.skipped["w1"] == "first layer"
     assert problem.skipped["scaled.parametrizations.weight.original1"] == "last layer"
@@ -65,9 +65,9 @@ def test_by_default_only_layers_weights_are_pruned_and_the_rest_is_said() -> Non
     beside += ["scaled.parametrizations.weight.original0"]
     assert {name for name, reason in problem.skipped.items() if reason == "no layer's weight"} == set(beside)
     assert "no layer's weight: " in problem.describe()
-    named = dualprune.problem.build_problem(Tokens(), rate=4, patterns={"pos_embed": 0.5})
+    named = dualprune.scope.build_problem(Tokens(), rate=4, patterns={"pos_embed": 0.5})
     assert "pos_embed" in [t.name for t in named.targets]
-    everything = dualprune.problem.build_problem(Tokens(), rate=4, ignore=())
+    everything = dualprune.scope.build_problem(Tokens(), rate=4, ignore=())
     assert {*beside, "patch.weight", "w1", "head.weight"} <= {t.name for t in everything.targets}
 
 
@@ -117,7 +117,7 @@ def test_evaluating_weights_that_are_not_finite_is_refused() -> None:
 
 def test_weights_of_two_dtypes_share_no_threshold_and_that_is_said() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16())
-    described = dualprune.problem.build_problem(model, rate=4, ignore=(), budget="global").describe()
+    described = dualprune.scope.build_problem(model, rate=4, ignore=(), budget="global").describe()
     assert "no threshold is shared between bfloat16 on cpu and float32 on cpu" in described
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dualprune import SLR, DualpruneError, attach, compression_rate
 from dualprune.budget import check_budget, erk_sparsities, lamp_scores, resolve_sparsity
-from dualprune.problem import build_problem
+from dualprune.scope import build_problem
 
 
 def test_rate_and_sparsity_are_two_words_for_one_thing() -> None:

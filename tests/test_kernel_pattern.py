@@ -25,7 +25,7 @@ from dualprune import (
     parse_pattern,
     project,
 )
-from dualprune.problem import build_problem
+from dualprune.scope import build_problem
 from helpers import sgd, tiny_net, train
 
 FIXED = settings(deadline=None, max_examples=60, derandomize=True)

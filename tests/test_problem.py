@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dualprune import NM, Block, DualpruneError, Filter, Kernel, Unstructured
-from dualprune.problem import Problem, build_problem, parameter_name
+from dualprune.problem import Problem
+from dualprune.scope import build_problem, parameter_name
 from dualprune.selection import keep_largest
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dualprune import ADMM, SLR, DualpruneError, GradualMagnitude, Magnitude, Reweighted, attach
-from dualprune.problem import build_problem
 from dualprune.pruner import Pruner
 from dualprune.recipe import parse_recipe
+from dualprune.scope import build_problem
 from helpers import TINY_RECIPE, same_bits, sgd, snapshot, tiny_net, train
 
 METHODS = [SLR(), SLR.paper(), ADMM(hold=0.2), Reweighted(), GradualMagnitude(), Magnitude()]

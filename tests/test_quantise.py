@@ -29,10 +29,10 @@ from dualprune import (
 )  # fmt: skip
 from dualprune.export import describe
 from dualprune.patterns import Unstructured
-from dualprune.problem import build_problem
 from dualprune.quantise import Held, check_bits, find_grid, fit_scale, nearest, snap, top_code
 from dualprune.recipe import parse_recipe
 from dualprune.schedules import as_schedule
+from dualprune.scope import build_problem
 from dualprune.solvers.base import Clock, Store
 from helpers import TINY_RECIPE, accuracy, same_bits, sgd, snapshot, tiny_net, train
 from test_resume import fresh, identical, resumed, saved

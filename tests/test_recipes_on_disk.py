@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualprune.problem import build_problem
 from dualprune.recipe import load_recipe
+from dualprune.scope import build_problem
 from dualprune.tasks import build_task
 from dualprune.tasks.classification.models import build_model
 from dualprune.train import dry_run

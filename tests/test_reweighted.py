@@ -29,7 +29,7 @@ from dualprune import (
     attach,
 )  # fmt: skip
 from dualprune.patterns import Pattern
-from dualprune.problem import build_problem
+from dualprune.scope import build_problem
 from dualprune.solvers.base import Clock, Store
 from dualprune.solvers.reweighted import ReweightedSolver, feedback
 from dualprune.stride import Stride

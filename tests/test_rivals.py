@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dualprune
 from dualprune import ACDC, NM, SAFE, SLR, DualpruneError, Filter, RigL, attach, perturbed
-from dualprune.problem import build_problem
+from dualprune.scope import build_problem
 from dualprune.solvers.base import Clock, Store
 from dualprune.solvers.dynamic import rigl_update
 from helpers import accuracy, batch, same_bits, sgd, snapshot, tiny_net, train

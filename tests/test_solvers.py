@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dualprune import ADMM, SLR, Constant, DualpruneError, Geometric, GradualMagnitude, Magnitude
-from dualprune.problem import Problem, build_problem
+from dualprune.problem import Problem
 from dualprune.schedules import as_schedule
+from dualprune.scope import build_problem
 from dualprune.solvers.base import Clock, DualSolver, Method, Store
 from dualprune.solvers.slr import slr_update
 from reference import ADMMTwin, GradualTwin, Layers, SLRTwin

@@ -203,7 +203,7 @@ def test_there_is_no_pull_before_the_first_update() -> None:
 
 
 def test_without_an_optimizer_there_is_nothing_to_measure_in() -> None:
-    from dualprune.problem import build_problem
+    from dualprune.scope import build_problem
     from dualprune.solvers.base import Clock, Store
 
     solver = SLR().start(build_problem(nn.Linear(4, 4), sparsity=0.5, ignore=()), Store())

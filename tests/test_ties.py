@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualprune import ADMM, SLR, Channel, DualpruneError, Filter, GradualMagnitude, Magnitude, Reweighted, attach, tied_filters
-from dualprune.problem import build_problem
+from dualprune.scope import build_problem
 
 
 class Residual(nn.Module):

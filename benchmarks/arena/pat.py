@@ -18,10 +18,11 @@ from dualprune import patterns, train
 from dualprune.errors import DualpruneError
 from dualprune.files import write_json
 from dualprune.finish import recalibrate_batch_norm
-from dualprune.problem import Problem, build_problem
+from dualprune.problem import Problem
 from dualprune.progress import Progress, Silent
 from dualprune.recipe import Recipe, digest
 from dualprune.run_folder import device_name, earlier_result, make_folder, peak_memory, reset_peak_memory, versions
+from dualprune.scope import build_problem
 from dualprune.tasks import Task, build_task
 
 LABEL = "pat"

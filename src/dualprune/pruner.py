@@ -23,8 +23,9 @@ from dualprune.errors import DualpruneError, NonFiniteError
 from dualprune.finish import batch_norm_restored, cut_, recalibrate_batch_norm
 from dualprune.importance import SecondMoment, check_importance
 from dualprune.patterns import KernelPattern
-from dualprune.problem import Problem, Rule, build_problem, check_frozen, parameter_name
+from dualprune.problem import Problem, check_frozen
 from dualprune.quantise import Held, fit_scale, snap
+from dualprune.scope import Rule, build_problem, parameter_name
 from dualprune.solvers import ADMM, SLR, GradualMagnitude, Magnitude
 from dualprune.solvers.base import OF_OPTIMIZER, Clock, Method, Row, Store
 from dualprune.solvers.vector import all_finite

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from dualprune.errors import DualpruneError
-from dualprune.problem import parameter_name
+from dualprune.scope import parameter_name
 
 
 def tied_filters(model: nn.Module, example: Any, *, ignore: Iterable[str] = ()) -> list[list[str]]:

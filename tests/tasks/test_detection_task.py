@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 from dualprune.errors import DataNotFoundError, DualpruneError, FormatError
-from dualprune.problem import build_problem
 from dualprune.recipe import load_recipe, parse_recipe
+from dualprune.scope import build_problem
 from dualprune.tasks import build_task
 from dualprune.tasks.detection import Boxes, average_precision, build_network, load_split
 from dualprune.tasks.detection.data import augmented, open_upright, placement, train_batches

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dualprune.finish import batch_norm_restored, recalibrate_batch_norm
-from dualprune.problem import parameter_name
 from dualprune.pruner import Pruner
+from dualprune.scope import parameter_name
 
 
 @contextmanager
