@@ -137,3 +137,11 @@ def test_the_papers_settings(name):
     assert (*found, recipe.paper["admm-published"], recipe.paper["slr-paper"]) == PAPER[name]
     assert (slr.rho, recipe.method("admm-published").build().rho) == (0.1, 0.1)
     assert not any(recipe.method(label).lr or recipe.method(label).epochs for label in recipe.methods)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.endswith("-small.toml")])
+def test_a_twin_on_another_network_or_other_data_says_that_it_is_scaled_down(file):
+    small, full = load_recipe(ROOT / file), ROOT / file.replace("-small.toml", ".toml")
+    if small.paper and full.is_file():
+        whole = load_recipe(full)
+        assert small.paper.get("scaled_down") or (small.model, small.data) == (whole.model, whole.data)

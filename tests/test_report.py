@@ -373,6 +373,16 @@ def test_a_comparison_names_its_misses(tmp_path: Path) -> None:
 
 
 @quick
+def test_the_papers_number_is_no_yardstick_for_a_recipe_that_is_scaled_down(tmp_path: Path) -> None:
+    paper = {"slr": 92.3, "source": "Table II", "scaled_down": True}
+    run = Page(render_run(make_run(tmp_path, "slr", cut=91.0, paper=paper)))
+    comparison = Page(render_comparison(tmp_path))
+    assert "missed" not in run.text + comparison.text and "paper, slr" not in comparison.text
+    assert len(table_rows(comparison)[1]) == 8, "no column of the paper's"
+    assert "of another network, data or budget" in comparison.text and "92.3" in comparison.text
+
+
+@quick
 def test_a_comparison_without_compare_json_computes_the_same_numbers(tmp_path: Path) -> None:
     with_file = table_rows(Page(render_comparison(make_comparison(tmp_path))))
     (tmp_path / "compare.json").unlink()

@@ -12,7 +12,7 @@ from dualprune.errors import DualpruneError, FormatError
 from dualprune.files import read_json, write_json
 from dualprune.progress import Progress
 from dualprune.recipe import Recipe, check_seed
-from dualprune.report import render_comparison
+from dualprune.report import paper_number, render_comparison
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -328,7 +328,6 @@ def summarise(recipe: Recipe, label: str, runs: Sequence[dict[str, Any]]) -> dic
     """One method's line: the cut accuracies over its seeds, and what they cost; None where no run has finished."""
     cut = [result["cut"] for result in runs]
     retrained = [result["retrained"] for result in runs if result["retrained"] is not None]
-    paper = recipe.paper.get(label)
     shared = ("lr", "epochs", "steps", "updates", "batch_size", "rate", "rate_model")
     return {
         "label": label,
@@ -341,7 +340,7 @@ def summarise(recipe: Recipe, label: str, runs: Sequence[dict[str, Any]]) -> dic
         "retrained": _mean(retrained),
         "retrained_std": statistics.stdev(retrained) if len(retrained) > 1 else None,
         "dense": _mean([result["dense"] for result in runs]),
-        "paper": paper if isinstance(paper, int | float) and not isinstance(paper, bool) else None,
+        "paper": paper_number(recipe.paper, label),
         **{key: runs[0][key] if runs else None for key in shared},
         "seconds_mean": _mean([result["seconds"] for result in runs]),
         "peak_memory_mb": max((result["peak_memory_mb"] for result in runs), default=None),

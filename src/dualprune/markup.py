@@ -122,8 +122,9 @@ figure { margin: 0; break-inside: avoid; } figure.full { grid-column: 1 / -1; ma
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 100%; }
 caption { text-align: left; padding-bottom: .4rem; }
 th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } tbody th { font-weight: 500; } thead th { color: var(--soft); border-bottom-width: 2px; }
-th.l, td.l { text-align: left; } td.l { white-space: normal; }
+th { font-weight: 600; } tbody th { font-weight: 500; } thead th { color: var(--soft);
+  border-bottom-width: 2px; white-space: normal; vertical-align: bottom; }
+th.l, td.l { text-align: left; } td.l { white-space: normal; overflow-wrap: anywhere; min-width: 11rem; }
 tr > :first-child { padding-left: 0; } tr.best > * { font-weight: 700; }
 tr.level > * { color: var(--soft); }
 .bar { display: inline-block; width: 7rem; height: .6rem; background: var(--line); vertical-align: middle; }

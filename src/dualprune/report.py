@@ -145,9 +145,14 @@ def _read_heat_maps(path: Path) -> dict[str, Any]:
     return {name: values for name, values in maps.items() if values.size}
 
 
-def _paper_number(paper: Mapping[str, Any] | None, label: str) -> float | None:
-    value = (paper or {}).get(label)
+def paper_number(paper: Mapping[str, Any] | None, label: str) -> float | None:
+    """Return what a recipe's `[paper]` has for a label; None where it is no yardstick, because the recipe is scaled down."""
+    value = None if _scaled_down(paper) else (paper or {}).get(label)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _scaled_down(paper: Mapping[str, Any] | None) -> bool:
+    return (paper or {}).get("scaled_down") is True
 
 
 def _gap(value: float) -> Html:
@@ -249,7 +254,7 @@ def render_run(run_dir: str | Path) -> Path:
     maps = _read_heat_maps(run.folder / "heatmaps.safetensors")
     title = f"{_model_name(run)}, {run.label}" + (f", seed {run.seed}" if run.seed is not None else "")
     result = run.result or {}
-    paper = _paper_number(result.get("paper"), run.label)
+    paper = paper_number(result.get("paper"), run.label)
     plots = _plots(
         {run.label: [run.history]}, {run.label: [run.pruning_epochs]}, metric=result.get("metric") or "accuracy",
         dense=result.get("dense"), paper={} if paper is None else {run.label: paper},
@@ -505,12 +510,18 @@ def render_comparison(recipe_dir: str | Path) -> Path:
             ),
         ),
         _section("Runs", _runs_table(folder, by_label)),
-        _section("The paper", facts(((key, str(value)) for key, value in paper.items()), "facts")) if paper else "",
+        _paper_section(paper) if paper else "",
         _section("Provenance", _shared_provenance(runs)),
     )
     path = folder / "compare.html"
     write_text(path, page)
     return path
+
+
+def _paper_section(paper: Mapping[str, Any]) -> Html:
+    note = remark("The recipe is scaled down: the paper's numbers are of another network, data or budget.")
+    numbers = facts(((key, str(value)) for key, value in paper.items() if key != "scaled_down"), "facts")
+    return _section("The paper", note if _scaled_down(paper) else "", numbers)
 
 
 def _compared(run: _Run, table: Row) -> bool:
@@ -537,7 +548,7 @@ def _compared_row(label: str, results: Sequence[Row], given: Row) -> Row:
         "mean": fmean(cut) if cut else None,
         "std": stdev(cut) if len(cut) > 1 else None,
         "seconds_mean": _mean(results, "seconds"),
-        "paper": _paper_number(results[0].get("paper"), label) if results else None,
+        "paper": paper_number(results[0].get("paper"), label) if results else None,
     }
     if given.get("mean") is None:
         return computed | {key: value for key, value in given.items() if value is not None} | {"runs": len(cut)}
