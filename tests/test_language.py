@@ -34,6 +34,12 @@ def bert():
     return transformers.BertModel(transformers.BertConfig(**sizes, max_position_embeddings=32))
 
 
+def roberta():
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"max_position_embeddings": 34, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    return transformers.RobertaForCausalLM(transformers.RobertaConfig(**sizes, is_decoder=True))
+
+
 def masked_bert():
     return transformers.BertForMaskedLM(bert().config)
 
@@ -52,7 +58,7 @@ def mixture():
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**{name: sizes[name] for name in names}))
 
 
-KINDS = {"mixture": mixture, "gpt2": gpt2, "llama": llama, "bert": bert, "masked bert": masked_bert}
+KINDS = {"mixture": mixture, "gpt2": gpt2, "llama": llama, "bert": bert, "masked bert": masked_bert, "roberta": roberta}
 
 
 @pytest.fixture
@@ -202,6 +208,15 @@ def test_windows_of_all_that_the_model_sees_and_of_two_tokens(saved, tmp_path):
         given = {"sparsity": 0.5, "method": "wanda", "samples": 4, "measured": 1, "length": length}
         result = prune_pretrained(saved("gpt2"), tmp_path / "text.txt", tmp_path / "new", **given)
         assert result["length"] == length and math.isfinite(result["perplexity_pruned"])
+
+
+def test_positions_that_are_kept_for_padding_are_not_seen(saved, tmp_path):
+    """RoBERTa's table of 34 positions serves windows of 32: the first two are the padding's and one below it."""
+    given = {"sparsity": 0.5, "method": "magnitude", "samples": 4, "measured": 1}
+    result = prune_pretrained(saved("roberta"), tmp_path / "text.txt", tmp_path / "new", **given)
+    assert result["length"] == 32 and math.isfinite(result["perplexity_pruned"])
+    with pytest.raises(dualprune.DualpruneError, match="the model sees 32 tokens"):
+        prune_pretrained("roberta", tmp_path / "text.txt", tmp_path / "more", **given, length=33)
 
 
 def test_a_text_that_is_too_short(saved, tmp_path):

@@ -78,7 +78,7 @@ def prune_pretrained(
     ids = _tokens(tokenizer, text)
     held = ids[round(len(ids) * (1 - HELD_OUT)) :]
     calibration = ids[: len(ids) - len(held)]
-    length = _length(length, model.config)
+    length = _length(length, model)
     if min(len(calibration), len(held)) <= length:
         raise DualpruneError(
             f"{data} has {len(ids):,} tokens, too few for windows of {length}: give more text, or a smaller --length"
@@ -131,10 +131,9 @@ def perplexity(model: nn.Module, windows: list[Tensor]) -> float:
     return math.exp(min(total / count, 700.0))
 
 
-def _length(asked: int | None, config: Any) -> int:
+def _length(asked: int | None, model: Any) -> int:
     """Return the tokens in a window: as asked, if the model can see so many."""
-    sees = getattr(config, "max_position_embeddings", None)
-    sees = sees if isinstance(sees, int) and sees > 0 else None  # XLNet says -1
+    sees = _positions(model)
     if asked is None:
         return min(LONGEST, sees or LONGEST)
     if asked < 2:
@@ -142,6 +141,16 @@ def _length(asked: int | None, config: Any) -> int:
     if sees is not None and asked > sees:
         raise DualpruneError(f"the model sees {sees} tokens, fewer than windows of {asked}: pass a smaller length, or none")
     return asked
+
+
+def _positions(model: Any) -> int | None:
+    """Return how many tokens the model has positions for; None where it does not say (XLNet says -1)."""
+    sees = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(sees, int) or sees < 1:
+        return None
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == sees)
+    unused = max((1 + m.padding_idx for m in tables if m.padding_idx is not None), default=0)
+    return sees - unused  # RoBERTa and its kin count from behind the padding's position
 
 
 def _transformers() -> Any:
