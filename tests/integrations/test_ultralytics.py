@@ -122,6 +122,27 @@ def test_losses_whose_gradients_were_thrown_away_are_not_observed(tmp_path):
     assert [row["loss"] for row in pruning.pruner.history] == pytest.approx(wanted)
 
 
+def test_it_follows_the_trainer_to_another_optimizer(tmp_path):
+    """Some versions build it anew when a batch was too large for the memory."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    trainer = SimpleNamespace(model=model, start_epoch=0, wdir=tmp_path, loss=None)
+    trainer.optimizer = first = torch.optim.SGD(model.parameters(), 0.01)
+    pruning = DualpruneCallbacks(dualprune.SLR(), rate=4, every=1, total_steps=8)
+    pruning.on_train_start(trainer)
+    losses = []
+    for optimizer in (first, torch.optim.AdamW(model.parameters(), 0.01)):
+        trainer.optimizer = optimizer
+        pruning.callbacks["on_train_batch_start"](trainer)
+        trainer.loss = model(torch.randn(4, 8)).square().sum()
+        trainer.loss.backward()
+        losses.append(float(trainer.loss))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [row["loss"] for row in pruning.pruner.history] == pytest.approx(losses)
+    first.step()
+    assert pruning.pruner.step_count == 2
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on(home, tmp_path):
     class Stopped(Exception):

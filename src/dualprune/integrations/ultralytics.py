@@ -40,7 +40,8 @@ class DualpruneCallbacks:
     def __init__(self, method: Method, *, calibrate: int = 200, observe: bool = True, **options: Any) -> None:
         self.method, self.calibrate, self.observe, self.options = method, calibrate, observe, options
         self.pruner: Pruner | None = None
-        self._ear: Any = None
+        self._ear: Any = None  # the hook on the optimizer that the losses are heard by
+        self._heard: Any = None  # that optimizer
         self._losses: list[Tensor] = []  # of earlier batches, whose gradients wait for the optimizer
         self._whole: list[tuple[Tensor, Tensor]] = []  # the EMA's weights while they are cut
 
@@ -70,10 +71,17 @@ class DualpruneCallbacks:
         self.pruner = attach(trainer.model, trainer.optimizer, self.method, **options)
         if trainer.start_epoch:
             load_state(self.pruner, Path(trainer.wdir) / STATE, "resume with the run's own folder, or train anew")
-        self._ear = trainer.optimizer.register_step_pre_hook(lambda *_: self._hear(trainer.loss))
+        self._listen(trainer)
 
     def on_train_batch_start(self, trainer: Any) -> None:
-        """Keep the loss of the batch before while its gradient is kept: until the step, taken or left out by AMP's scaler."""
+        """Keep the loss of the batch before while its gradient is kept: until the step, taken or left out by AMP's scaler.
+
+        And follow the trainer to the optimizer that some versions make anew where they begin again with smaller batches.
+        """
+        if trainer.optimizer is not self._heard:
+            self._running.follow(trainer.optimizer)
+            self._ear.remove()
+            self._listen(trainer)
         waiting = any(p.grad is not None for p in trainer.model.parameters())
         self._losses = [*self._losses, trainer.loss.detach()] if waiting else []
 
@@ -104,6 +112,10 @@ class DualpruneCallbacks:
         if self.pruner is None:
             raise DualpruneError("this training has not started: add all of the callbacks, before train()")
         return self.pruner
+
+    def _listen(self, trainer: Any) -> None:
+        self._heard = trainer.optimizer
+        self._ear = self._heard.register_step_pre_hook(lambda *_: self._hear(trainer.loss))
 
     def _hear(self, loss: Tensor) -> None:
         if self.observe and not self._running.finished:
