@@ -28,6 +28,7 @@ from dualprune.tasks.classification.models import (
     has_folded_batch_norm,
     load_weights,
     model_names,
+    read_weights,
     unfold_batch_norm,
 )
 from dualprune.train import evaluate
@@ -289,6 +290,21 @@ def test_safetensors_are_known_by_content(tmp_path):
     save_file(source.state_dict(), tmp_path / "weights.bin")
     load_weights(target, tmp_path / "weights.bin")
     assert same(source, target)
+
+
+def test_safetensors_that_begin_as_a_pickle_or_a_zip(tmp_path):
+    """They begin with the length of their header, which ends in 0x80 in every thirty-second file."""
+    wanted, path = torch.eye(8), tmp_path / "w.safetensors"
+    for name in ("n" * length for length in range(1, 200)):
+        dualprune.save_sparse({name: wanted}, path)
+        if path.read_bytes().startswith(b"\x80"):
+            break
+    assert path.read_bytes().startswith(b"\x80") and torch.equal(read_weights(path)[name], wanted)
+
+    save_file({"n": wanted}, path, metadata={"about": ""})
+    more = int.from_bytes(b"PK", "little") - int.from_bytes(path.read_bytes()[:8], "little")
+    save_file({"n": wanted}, path, metadata={"about": "x" * more})
+    assert path.read_bytes().startswith(b"PK") and torch.equal(read_weights(path)["n"], wanted)
 
 
 def test_sparse_files(tmp_path):

@@ -690,8 +690,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise DualpruneError(f"there is no weights file {path}")
     with path.open("rb") as file:
-        start = file.read(2)
-    if start == b"PK" or start[:1] == b"\x80":
+        start = file.read(9)
+    # safetensors begins with the length of its JSON, whose bytes may be those that a zip or a pickle begins with
+    if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         return _read_torch(path)
     from dualprune.export import load_sparse
 
