@@ -62,14 +62,8 @@ CURVE = ("epoch", "stage", "loss", "accuracy_cut")  # what a table's JSON keeps 
 SHORT = {"false_positive_rate": "FP", "false_negative_rate": "FN"}
 LOWER_IS_BETTER = {"false_positive_rate", "false_negative_rate", "bits per character", "perplexity"}
 NO_PERCENTAGE = {"bits per character", "perplexity"}
-NO_RESULT = {
-    "rate",
-    "epochs",
-    "weights",
-    "kept",
-    "retrain_epochs",
-    "scaled_down",
-}  # numbers under [paper] that no method reached
+# keys of [paper] that are no method's result
+NO_RESULT = {"rate", "epochs", "weights", "kept", "retrain_epochs", "scaled_down"}
 DASH = "–"
 Run = dict[str, Any]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,30 +14,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessExitedException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def run(function: Callable[..., Any], size: int, folder: Path, *arguments: Any) -> list[Any]:
     """Return what `function(rank, size, *arguments)` returns on every rank; an error on one is raised here.
 
-    The ranks are forked from a server that has imported torch once, so that each test does not pay for it. A rank that the C
-    library aborts is started once more, with the others: with `fully_shard` over Gloo the heap of one was found corrupt, seen
-    once, where no Python code has a way to do that. A second time is an error, and so is any other death.
+    The ranks are forked from a server that has imported torch once, so that each test does not pay for it.
     """
     # the server is asked to start with the first test; later calls change nothing
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed.fsdp", "dualprune.pruner"])
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return _once(function, size, folder, arguments)
-    except ProcessExitedException as death:
-        if death.signal_name != "SIGABRT":
-            raise
-        print(f"{death}: once more", file=sys.stderr)
-    return _once(function, size, folder, arguments)
-
-
-def _once(function: Callable[..., Any], size: int, folder: Path, arguments: tuple[Any, ...]) -> list[Any]:
     meeting = folder / f"meeting-{uuid4().hex}"
     torch.multiprocessing.start_processes(_main, (function, size, meeting, arguments), size, start_method="forkserver")
     return [torch.load(f"{meeting}.{rank}", weights_only=False) for rank in range(size)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from ranks import counted, run
 from torch import nn
-from torch.multiprocessing.spawn import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
 
 import dualprune
@@ -235,16 +233,3 @@ def test_one_file_of_the_library_knows_torch_distributed():
     uses = re.compile(r"(import|from) torch\.distributed")
     users = {p.name for p in source.glob("**/*.py") if uses.search(p.read_text(encoding="utf-8"))}
     assert users == {"distributed.py"}
-
-
-def die(rank: int, size: int, folder: Path, signals: int) -> int:
-    if rank == 1 and len(list(folder.glob("died-*"))) < signals:
-        (folder / f"died-{os.getpid()}").touch()
-        os.abort()
-    return rank
-
-
-def test_a_rank_that_is_aborted_is_started_once_more(tmp_path):
-    assert run(die, 2, tmp_path / "once", tmp_path / "once", 1) == [0, 1]
-    with pytest.raises(ProcessExitedException, match="SIGABRT"):
-        run(die, 2, tmp_path / "twice", tmp_path / "twice", 2)
