@@ -20,13 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dualprune import export
+from dualprune import encodings, export
 from dualprune.errors import DualpruneError, FormatError
 from dualprune.export import describe, load_sparse, save_sparse
 from dualprune.quantise import snap
 
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-BIT_DTYPES = [dtype for dtype in export._DTYPES.values() if dtype is not torch.bool]
+BIT_DTYPES = [dtype for dtype in encodings.DTYPES.values() if dtype is not torch.bool]
 pytestmark = pytest.mark.filterwarnings("ignore:.*are −0.0")
 
 
@@ -85,15 +85,15 @@ def test_each_encoding_on_its_own(numel, kept, itemsize, clustered, seed):
     where = np.arange(min(kept, numel)) if clustered else np.sort(generator.choice(numel, min(kept, numel), False))
     bits = np.zeros(numel, f"i{itemsize}" if itemsize > 1 else "u1")
     bits[where] = generator.integers(1, 100, where.size)
-    dtype = export._DTYPE_NAMES[INTEGER[itemsize]]
-    cut = export.Cut(bits, where)
-    for name, encoding in export.ENCODINGS.items():
+    dtype = encodings.DTYPE_NAMES[INTEGER[itemsize]]
+    cut = encodings.Cut(bits, where)
+    for name, encoding in encodings.ENCODINGS.items():
         if (fit := encoding.fit(cut)) is None:
             assert (name == "gaps" and 2 * where.size > numel) or "codes" in name
             continue
         data = bytearray(encoding.pack(cut, fit[1]).tobytes())
         assert len(data) == fit[0]
-        layout = export.Layout(name, dtype, (numel,), numel if name == "dense" else where.size, fit[1])
+        layout = encodings.Layout(name, dtype, (numel,), numel if name == "dense" else where.size, fit[1])
         encoding.check(layout, len(data))
         assert (encoding.unpack(layout, data).numpy() == bits).all()
 
@@ -222,7 +222,7 @@ def slow_read(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 def slow_decode(encoding: str, data: bytes, dtype: str, shape: list[int], kept: int, *params: int) -> bytes:
-    kind, size, numel = export._DTYPES[dtype], export._DTYPES[dtype].itemsize, int(np.prod(shape))
+    kind, size, numel = encodings.DTYPES[dtype], encodings.DTYPES[dtype].itemsize, int(np.prod(shape))
     index, _, codes = encoding.rpartition("+")
     if codes == "codes":
         width, count = params[-1], kept if index else numel
@@ -262,15 +262,15 @@ def test_a_reader_written_from_the_docs_agrees(tmp_path):
     state |= {**golden_state(), "zeros": torch.zeros(999)}
     state |= {f"q{d}{dtype}": quantised((9, 100), d, 2 + i, dtype) for d in (0.05, 0.4, 1) for i, dtype in enumerate(FLOATS)}
     save_sparse(state, tmp_path / "f", metadata={"ä": "ö", "z": ""})
-    assert {row["encoding"] for row in describe(tmp_path / "f")} == {*export.ENCODINGS, "alias"}
+    assert {row["encoding"] for row in describe(tmp_path / "f")} == {*encodings.ENCODINGS, "alias"}
     got = slow_read(tmp_path / "f")
-    assert got == {n: (export._DTYPE_NAMES[t.dtype], list(t.shape), raw(t)) for n, t in state.items()}
+    assert got == {n: (encodings.DTYPE_NAMES[t.dtype], list(t.shape), raw(t)) for n, t in state.items()}
 
 
 def test_the_bitmask_is_these_bytes():
     bits = np.array([7, 0, 9, 0, 0, 0, 0, 0, 0, 1], np.uint8)
-    cut = export.Cut(bits, np.flatnonzero(bits))
-    assert export.ENCODINGS["bitmask"].pack(cut, ()).tobytes() == bytes([7, 9, 1, 0b00000101, 0b00000010])
+    cut = encodings.Cut(bits, np.flatnonzero(bits))
+    assert encodings.ENCODINGS["bitmask"].pack(cut, ()).tobytes() == bytes([7, 9, 1, 0b00000101, 0b00000010])
 
 
 def test_other_tools_open_the_file(tmp_path):
@@ -409,14 +409,14 @@ def test_a_negative_zero_is_on_no_grid(tmp_path):
 
 def test_the_codes_are_these_bytes():
     values = torch.tensor([0.5, 0, -1.0, 0, 0, 0, 0, 0, 0, 1.5])
-    cut = export.Cut(export._bits(values), np.array([0, 2, 9]), torch.float32)
+    cut = encodings.Cut(export._bits(values), np.array([0, 2, 9]), torch.float32)
     scale = struct.pack("<f", 0.5)
     assert cut.grid[1].tolist() == [1, 2, 5]
     # bit 0: 1 0 1, bit 1: 0 1 0, bit 2: 0 0 1; then the bit mask
-    assert export.ENCODINGS["bitmask+codes"].pack(cut, (3,)).tobytes() == scale + bytes([0b00010101, 1, 5, 2])
+    assert encodings.ENCODINGS["bitmask+codes"].pack(cut, (3,)).tobytes() == scale + bytes([0b00010101, 1, 5, 2])
     # one more: 2, 3, 6 in three planes of ten
     planes = sum(1 << p for p in (9 * 0 + 2, 10, 12, 19, 29))
-    assert export.ENCODINGS["codes"].pack(cut, (3,)).tobytes() == scale + planes.to_bytes(4, "little")
+    assert encodings.ENCODINGS["codes"].pack(cut, (3,)).tobytes() == scale + planes.to_bytes(4, "little")
 
 
 # --- refusals on the way out

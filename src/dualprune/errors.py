@@ -1,8 +1,9 @@
-"""The exceptions dualprune raises, and the near-miss suggestions in their messages."""
+"""The exceptions dualprune raises, and what their messages share: near-miss suggestions, and places in files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -26,3 +27,12 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
     """Return ``", did you mean 'x'?"`` for the nearest candidate, or an empty string."""
     near = get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """Say where in a file, in front of what is wrong there."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{place}: {error}") from None
