@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from dualprune.errors import DualpruneError
-from dualprune.recipe import AttackSpec, dump_toml, load_recipe, parse_recipe
+from dualprune.recipe import load_recipe, parse_recipe
+from dualprune.recipe_tables import AttackSpec
+from dualprune.toml_text import dump_toml
 
 ROOT = Path(__file__).resolve().parent.parent
 

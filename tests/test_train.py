@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from dualprune import SLR, load_sparse, report, run_folder, train
 from dualprune.errors import DualpruneError, FormatError, NonFiniteError
 from dualprune.progress import Silent
-from dualprune.recipe import MethodTable, parse_recipe
+from dualprune.recipe import parse_recipe
+from dualprune.recipe_tables import MethodTable
 from dualprune.tasks import build_task
 from dualprune.tasks.classification.task import Classification
 from dualprune.train import Diverged, Interrupted, RunError, run

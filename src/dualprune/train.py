@@ -29,7 +29,8 @@ from dualprune.distributed import Ranks
 from dualprune.errors import DataNotFoundError, DualpruneError, FormatError, NonFiniteError
 from dualprune.files import atomic_write, write_json, write_jsonl, write_text
 from dualprune.progress import Progress, Silent
-from dualprune.recipe import OptimizerTable, Recipe, check_seed, digest
+from dualprune.recipe import Recipe, check_seed, digest
+from dualprune.recipe_tables import OptimizerTable
 from dualprune.report import render_run
 from dualprune.run_folder import (
     CHECKPOINT_VERSION,

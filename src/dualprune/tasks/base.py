@@ -15,7 +15,8 @@ from dualprune.errors import DualpruneError
 if TYPE_CHECKING:
     import numpy as np
 
-    from dualprune.recipe import OptimizerTable, Recipe
+    from dualprune.recipe import Recipe
+    from dualprune.recipe_tables import OptimizerTable
 
 Batch = tuple[Any, Any]  # (inputs, targets): the model is called with the inputs, `loss` reads the targets
 SPLITS = ("test", "validation")

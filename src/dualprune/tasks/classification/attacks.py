@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 from dualprune.errors import DualpruneError
 
 if TYPE_CHECKING:
-    from dualprune.recipe import AttackSpec
+    from dualprune.recipe_tables import AttackSpec
 
 Mode = Literal["eval", "train"]
 

@@ -19,7 +19,7 @@ from dualprune.tasks.classification.metrics import accuracies
 from dualprune.tasks.classification.models import build_model, has_folded_batch_norm, load_weights, unfold_batch_norm
 
 if TYPE_CHECKING:
-    from dualprune.recipe import OptimizerTable
+    from dualprune.recipe_tables import OptimizerTable
 
 MANY_CLASSES = 20  # from here on top-5 says something
 UNFOLDING = 1024  # images that give folded batch norms their statistics

@@ -24,7 +24,7 @@ from dualprune.tasks.detection.heads import Boxes, Gains, detect, detection_loss
 from dualprune.tasks.detection.metrics import average_precision
 
 if TYPE_CHECKING:
-    from dualprune.recipe import OptimizerTable
+    from dualprune.recipe_tables import OptimizerTable
 
 _BATCH = 16  # images that are measured at once
 _PICTURES = 4

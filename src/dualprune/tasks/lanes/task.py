@@ -33,7 +33,7 @@ from dualprune.tasks.lanes.model import LaneNet
 from dualprune.tasks.options import read_options
 
 if TYPE_CHECKING:
-    from dualprune.recipe import OptimizerTable
+    from dualprune.recipe_tables import OptimizerTable
 
 logger = logging.getLogger("dualprune")
 PICTURES = 4  # frames that are drawn

@@ -25,7 +25,7 @@ from dualprune.tasks.points.model import PointPillars, build_points_model
 from dualprune.tasks.points.targets import Found, detect
 
 if TYPE_CHECKING:
-    from dualprune.recipe import OptimizerTable
+    from dualprune.recipe_tables import OptimizerTable
 
 logger = logging.getLogger("dualprune")
 EVAL_BATCH = 4  # frames in a batch that is not trained on

@@ -22,7 +22,7 @@ from dualprune.tasks.text import data as texts
 from dualprune.tasks.text.model import GPT
 
 if TYPE_CHECKING:
-    from dualprune.recipe import OptimizerTable
+    from dualprune.recipe_tables import OptimizerTable
 
 _EVAL_BATCH = 64
 _MOST_NATS = math.log(sys.float_info.max)  # the exponential of more is no number
