@@ -428,7 +428,8 @@ def _provenance(run: _Run) -> Html:
         if result.get(key) is not None
     )
     versions = ", ".join(f"{name} {value}" for name, value in (result.get("versions") or {}).items())
-    paper = ", ".join(f"{key}: {value}" for key, value in (result.get("paper") or {}).items())
+    paper = ", ".join(map(": ".join, _paper_pairs(result.get("paper") or {})))
+    scaled_down = " (of another network, data or budget)" if _scaled_down(result.get("paper")) else ""
     pairs = [
         ("recipe", result.get("recipe")),
         ("method", result.get("method")),
@@ -442,7 +443,7 @@ def _provenance(run: _Run) -> Html:
         ("peak memory", None if result.get("peak_memory_mb") is None else f"{result['peak_memory_mb']:,.0f} MB"),
         ("device", result.get("device")),
         ("versions", versions),
-        ("the paper", paper),
+        ("the paper", paper and paper + scaled_down),
         ("recipe SHA-256", result.get("recipe_sha256") and el("code", result["recipe_sha256"])),
         ("weights SHA-256", result.get("weights_sha256") and el("code", result["weights_sha256"])),
         ("data SHA-256", result.get("data_sha256") and el("code", result["data_sha256"])),
@@ -520,8 +521,11 @@ def render_comparison(recipe_dir: str | Path) -> Path:
 
 def _paper_section(paper: Mapping[str, Any]) -> Html:
     note = remark("The recipe is scaled down: the paper's numbers are of another network, data or budget.")
-    numbers = facts(((key, str(value)) for key, value in paper.items() if key != "scaled_down"), "facts")
-    return _section("The paper", note if _scaled_down(paper) else "", numbers)
+    return _section("The paper", note if _scaled_down(paper) else "", facts(_paper_pairs(paper), "facts"))
+
+
+def _paper_pairs(paper: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key, str(value)) for key, value in paper.items() if key != "scaled_down"]
 
 
 def _compared(run: _Run, table: Row) -> bool:
