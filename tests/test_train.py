@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 
 from dualprune import SLR, load_sparse, report, run_folder, train
 from dualprune.errors import DualpruneError, FormatError, NonFiniteError
+from dualprune.loop import Interrupted, Loop
 from dualprune.progress import Silent
 from dualprune.recipe import parse_recipe
 from dualprune.recipe_tables import MethodTable
+from dualprune.run_folder import Diverged, RunError
 from dualprune.tasks import build_task
 from dualprune.tasks.classification.task import Classification
-from dualprune.train import Diverged, Interrupted, RunError, run
+from dualprune.train import run
 from helpers import TINY_RECIPE as TINY
 
 DROPOUT_NET = """
@@ -270,14 +272,14 @@ def test_steps_go_on_in_retraining_after_half_steps(tmp_path):
 
 def test_waiting_for_losses_is_time_of_the_epoch(tiny, tmp_path, monkeypatch):
     # as on a GPU, where a loss is there when the device is done
-    read = train._Loop._read_losses
+    read = Loop._read_losses
 
     def slow(loop):
         time.sleep(0.3 * bool(loop._pending))
         read(loop)
 
-    monkeypatch.setattr(train._Loop, "_note_loss", lambda loop, loss: loop._pending.append(loss))
-    monkeypatch.setattr(train._Loop, "_read_losses", slow)
+    monkeypatch.setattr(Loop, "_note_loss", lambda loop, loss: loop._pending.append(loss))
+    monkeypatch.setattr(Loop, "_read_losses", slow)
     assert run(tiny, "gradual", out=tmp_path)["seconds"] > 0.6
 
 

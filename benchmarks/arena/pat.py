@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dualprune import patterns, train
+from dualprune import patterns
 from dualprune.errors import DualpruneError
 from dualprune.files import write_json
 from dualprune.finish import recalibrate_batch_norm
+from dualprune.loop import Job, Loop, build_optimizer, reproducible, train_dense
 from dualprune.problem import Problem
 from dualprune.progress import Progress, Silent
 from dualprune.recipe import Recipe, digest
 from dualprune.run_folder import device_name, earlier_result, make_folder, peak_memory, reset_peak_memory, versions
 from dualprune.scope import build_problem
 from dualprune.tasks import Task, build_task
+from dualprune.train import pick_device
 
 LABEL = "pat"
 HEALS = (0.75, 0.9)  # where healing may start, as a fraction of the run
@@ -55,29 +57,29 @@ def run(
         return finished
     task = _task(recipe, split, device)
     made_of["data_sha256"] = task.data_sha256()
-    job = train._Job(recipe, LABEL, seed, task, dense_folder or root, place, identity, made_of, progress or Silent())
+    job = Job(recipe, LABEL, seed, task, dense_folder or root, place, identity, made_of, progress or Silent())
     reset_peak_memory(job.device)
-    with train._reproducible(job.device):
+    with reproducible(job.device):
         return _run(job, trial)
 
 
 def _task(recipe: Recipe, split: str, device: str | None) -> Task:
-    return build_task(recipe, split, train.pick_device(device))
+    return build_task(recipe, split, pick_device(device))
 
 
-def _run(job: Any, trial: Mapping[str, float]) -> dict[str, Any]:
+def _run(job: Job, trial: Mapping[str, float]) -> dict[str, Any]:
     recipe, settings = job.recipe, job.recipe.training
     steps = job.task.steps_per_epoch(settings.batch_size)
     model = job.task.model()
     if recipe.dense is not None:
-        train._train_dense(job, model)
+        train_dense(job, model)
     prune = recipe.prune
     asked = {"rate": prune.rate, "sparsity": prune.sparsity, "patterns": recipe.patterns(), "ignore": prune.ignore}
     problem = build_problem(model, **asked, budget=prune.budget)
     heal = max(1, round(trial["heal"] * steps * settings.epochs))
-    optimizer = wrapped(train._optimizer(settings, model, trial["lr"]), problem, heal)
+    optimizer = wrapped(build_optimizer(settings, model, trial["lr"]), problem, heal)
     torch.manual_seed(job.seed)
-    loop = train._Loop(job, settings, trial["lr"], settings.epochs, model, optimizer, job.seed, job.place, job.identity)
+    loop = Loop(job, settings, trial["lr"], settings.epochs, model, optimizer, job.seed, job.place, job.identity)
     if not loop.load():
         loop.report("dense")
     if loop.stage == "train":
@@ -123,7 +125,7 @@ def _budgets(problem: Problem) -> dict[tuple[type, bool, float], list[nn.Paramet
     return budgets
 
 
-def _result(job: Any, loop: Any, problem: Problem, trial: Mapping[str, float], model: nn.Module) -> dict[str, Any]:
+def _result(job: Job, loop: Loop, problem: Problem, trial: Mapping[str, float], model: nn.Module) -> dict[str, Any]:
     recipe, metric = job.recipe, job.task.metrics[0]
     total = sum(w.numel() for w in problem.weights)
     kept = sum(int(torch.count_nonzero(w)) for w in problem.weights)

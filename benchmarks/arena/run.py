@@ -25,9 +25,9 @@ from typing import Any
 from dualprune.compare import check_budgets, compare, summarise, tune
 from dualprune.errors import DualpruneError
 from dualprune.files import write_json, write_text
+from dualprune.loop import Interrupted
 from dualprune.progress import Lines, Progress
 from dualprune.recipe import Recipe, load_recipe
-from dualprune.train import Interrupted
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pat

@@ -231,8 +231,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _exit_code(error: DualpruneError) -> int:
     # the types live in modules that import torch: if they were never imported, the error is none of them
-    train, run_folder = (sys.modules.get(f"dualprune.{name}") for name in ("train", "run_folder"))
-    if train is not None and isinstance(error, train.Interrupted):
+    loop, run_folder = (sys.modules.get(f"dualprune.{name}") for name in ("loop", "run_folder"))
+    if loop is not None and isinstance(error, loop.Interrupted):
         return 130
     return 1 if run_folder is not None and isinstance(error, run_folder.RunError) else 2
 

@@ -197,7 +197,8 @@ def tuning_table(table: dict[str, Any]) -> Table:
 
 def _run_or_none(recipe: Recipe, label: str, *, progress: Progress | None, **settings: Any) -> dict[str, Any] | None:
     """The result of a run, or None if it diverged, which is a result too: others go on."""
-    from dualprune.train import Diverged, run
+    from dualprune.run_folder import Diverged
+    from dualprune.train import run
 
     try:
         return run(recipe, label, progress=progress, **settings)

@@ -16,7 +16,7 @@ import torch
 import dualprune
 from dualprune import DualpruneError
 from dualprune.distributed import Ranks
-from dualprune.train import _share_of
+from dualprune.loop import share_of
 from helpers import TINY_RECIPE
 
 
@@ -101,6 +101,6 @@ def test_ranks_share_every_batch():
 
 def test_a_run_goes_on_with_another_number_of_ranks():
     saved = [{"loss_sum": float(i), "observed": torch.tensor(2.0 * i), "rng": i} for i in range(4)]
-    assert _share_of(saved, Ranks(3, 4)) == saved[3]
-    assert _share_of(saved, Ranks(1, 2)) == {"loss_sum": 1.5, "observed": torch.tensor(3.0), "rng": 1}
-    assert _share_of([{}], Ranks()) == {"observed": None}
+    assert share_of(saved, Ranks(3, 4)) == saved[3]
+    assert share_of(saved, Ranks(1, 2)) == {"loss_sum": 1.5, "observed": torch.tensor(3.0), "rng": 1}
+    assert share_of([{}], Ranks()) == {"observed": None}

@@ -12,12 +12,13 @@ from torch import nn
 
 import helpers
 from dualprune.errors import DualpruneError
+from dualprune.loop import Interrupted
 from dualprune.progress import Silent
 from dualprune.recipe import parse_recipe
 from dualprune.tasks import build_task
 from dualprune.tasks.classification.attacks import FGSM, PGD, Pixels, Square, robustness
 from dualprune.tasks.classification.metrics import accuracy
-from dualprune.train import Interrupted, run
+from dualprune.train import run
 
 PLAIN = Pixels((0.0,), (1.0,))
 DIGITS = Pixels((0.2873,), (0.3539,))
