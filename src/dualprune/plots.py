@@ -156,7 +156,7 @@ def curves(
         if dense and title in dense:
             axes.axhline(dense[title], color=INK, linewidth=1, linestyle=(0, (6, 3)), label="dense")
         if ramp:
-            axes.legend(frameon=False, loc="lower right")
+            axes.legend(frameon=False, loc="best")
     _label_outer(grid, "epoch", f"{metric}, after cutting")
     return figure if ramp else _shared_legend(figure, grid)
 
