@@ -3,10 +3,12 @@
     python benchmarks/publish.py runs/resnet20-cifar10-10x runs/table1_resnet56-cifar10-small
     python benchmarks/publish.py --table table6-lanes runs/table6_ufld-*-small
     python benchmarks/publish.py --table quantise --sizes runs/quantise_*
+    python benchmarks/publish.py --table table6-lanes --keep runs/table6_ufld-tusimple-77.67x-small
 
 A recipe folder alone gives a table, figures and the weights of one method; `--table` puts several into one table. Every
 number comes from the runs' own result.json; nothing is typed by hand. Unfinished runs are left out, and so are runs on
-the validation split. A method for which only the paper has a number has a row without ours.
+the validation split. A method for which only the paper has a number has a row without ours. A table may grow over several
+machines: with `--keep`, runs that results/NAME.json already has and the folders have not stay in it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -72,12 +74,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="recipe folders under runs/")
     parser.add_argument("--table", metavar="NAME", help="put all folders into one table, at this marker of docs/results.md")
+    parser.add_argument("--keep", action="store_true", help="with --table: runs that are published and in no folder stay")
     parser.add_argument("--sizes", action="store_true", help="with stored bytes, bits and weights kept")
     parser.add_argument("--weights", metavar="LABEL", help="copy this method's weights (first seed); slr for a recipe alone")
     parser.add_argument("--also", nargs=2, metavar=("TITLE", "KEY=VALUE"), help="measure the weights with this setting too")
     given = parser.parse_args()
     if given.table:
-        publish_table(given.table, given.folders, sizes=given.sizes, weights=given.weights, also=given.also)
+        publish_table(given.table, given.folders, keep=given.keep, sizes=given.sizes, weights=given.weights, also=given.also)
+    elif given.keep:
+        raise SystemExit("--keep goes with --table NAME; a recipe alone has figures, which are drawn from its folder")
     else:
         for folder in given.folders:
             publish(folder, sizes=given.sizes, weights=given.weights or "slr")
@@ -101,11 +106,18 @@ def publish(folder: Path, *, sizes: bool = False, weights: str = "slr") -> None:
 
 
 def publish_table(
-    name: str, folders: Sequence[Path], *, sizes: bool = False, weights: str | None = None, also: Sequence[str] = ()
+    name: str,
+    folders: Sequence[Path],
+    *,
+    keep: bool = False,
+    sizes: bool = False,
+    weights: str | None = None,
+    also: Sequence[str] = (),
 ) -> None:
     """Publish several recipes' runs as one table; its JSON has the epochs' curves and no histories.
 
-    `also` is a title and an override of the recipe, with which all weights are measured once more.
+    `keep` adds what the table has already, `also` is a title and an override of the recipe, with which all weights in the
+    folders are measured once more.
     """
     names = [folder.name for folder in folders]
     if twice := sorted({one for one in names if names.count(one) > 1}):
@@ -116,6 +128,10 @@ def publish_table(
         raise SystemExit(f"--table {name}: no finished run on the test split in {', '.join(map(str, folders))}")
     for recipe in recipes if also else []:
         measure_also(recipe, *also)
+    found = {recipe.name: recipe for recipe in recipes}
+    if keep:
+        recipes = with_published(ROOT / "results" / f"{name}.json", recipes)
+        empty = [one for one in empty if one not in {recipe.name for recipe in recipes}]
     table = markdown(recipes, sizes=sizes)
     if "*" in table:
         table += f"\n\\* chosen on held-out training images; grids and scores are in `results/{name}.json`.\n"
@@ -124,7 +140,7 @@ def publish_table(
     insert(ROOT / "docs" / "results.md", name, table.rstrip("\n"))
     target = ROOT / "results" / f"{name}.json"
     write_text(target, compact(name, recipes))
-    for recipe in recipes if weights else []:
+    for recipe in found.values() if weights else []:
         copy_weights(recipe, weights or "")
     print(table + f"\nwrote {target.relative_to(ROOT)}")
 
@@ -192,6 +208,40 @@ def read_run(place: Path) -> Run:
         values = {when: result[when] for when in ("dense", "cut", "retrained") if result.get(when) is not None}
         run["metrics"] = {when: {headline(run): value} for when, value in values.items()}
     return run
+
+
+def with_published(file: Path, recipes: Sequence[RecipeRuns]) -> list[RecipeRuns]:
+    """Return what `file` has published, in its order, and `recipes`, whose runs replace those of the same label and seed."""
+    if not file.exists():
+        raise SystemExit(f"--keep: there is no {file} yet; publish the table without --keep first")
+    new = {recipe.name: recipe for recipe in recipes}
+    merged = [joined(old, new.pop(old["recipe"], None)) for old in json.loads(file.read_text())["recipes"]]
+    return [*merged, *new.values()]
+
+
+def joined(old: Mapping[str, Any], new: RecipeRuns | None) -> RecipeRuns:
+    """Return a recipe's published runs and its new ones, which must have the same dense model."""
+    runs = [{"history": [], "paper": old["paper"], **run, "curve": rows_of(run["curve"])} for run in old["runs"]]
+    if new is None:
+        of_name = sorted((ROOT / "recipes").rglob(f"{old['recipe']}.toml"))
+        methods = tuple(tomllib.loads(of_name[0].read_text()).get("methods", {})) if of_name else ()
+        return RecipeRuns(Path(old["recipe"]), runs, old["tune"], old["paper"], methods, old["bits"])
+    again = {(run["label"], run["seed"]) for run in new.runs}
+    kept = [run for run in runs if (run["label"], run["seed"]) not in again]
+    dense = [run["metrics"]["dense"] for run in (*kept, *new.runs)]
+    if different := next((one for one in dense if one != dense[-1]), None):
+        raise SystemExit(
+            f"--keep: the published runs of {new.name} start from a dense model of {different}, those in {new.folder} from "
+            f"one of {dense[-1]}; one table compares methods on one model, so publish without --keep, or run them all again"
+        )
+    return replace(
+        new, runs=sorted((*kept, *new.runs), key=lambda run: f"{run['label']}-seed{run['seed']}"), tune=new.tune or old["tune"]
+    )
+
+
+def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Epochs as rows again, from the columns of a table's JSON."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def measure_also(recipe: RecipeRuns, title: str, override: str) -> None:
@@ -306,7 +356,7 @@ def columns(recipes: Sequence[RecipeRuns], rows: Sequence[Row], *, sizes: bool) 
     shown["rate, all weights"] = lambda row: trained(row, lambda run: f"{run['rate_model']:.2f}×")
     shown["lr"] = learning_rate
     shown["epochs"] = lambda row: trained(row, lambda run: epochs_of(run))
-    shown["updates"] = lambda row: trained(row, lambda run: str(len(run["history"]) or run["updates"] or 0))
+    shown["updates"] = lambda row: trained(row, lambda run: str(updates_of(run)))
     shown["minutes"] = lambda row: DASH if not row.runs or row.label is None else minutes(row.runs)
     return shown
 
@@ -372,6 +422,11 @@ def epochs_of(run: Run) -> str:
     return f"{run['epochs']} + {run['retrain_epochs']}" if run["retrain_epochs"] else str(run["epochs"])
 
 
+def updates_of(run: Run) -> int:
+    """How often a run's method updated its sparse copies, multipliers or thresholds."""
+    return len(run["history"]) or run["updates"] or 0
+
+
 def minutes(runs: Sequence[Run]) -> str:
     """Mean training time."""
     mean = fmean(run["seconds"] for run in runs) / 60
@@ -430,6 +485,7 @@ def compact(name: str, recipes: Sequence[RecipeRuns]) -> str:
 def small(run: Run) -> Run:
     """Return a run without its history and the paper's numbers, its epochs as columns."""
     kept = {key: value for key, value in run.items() if key not in ("history", "paper", "curve")}
+    kept["updates"] = updates_of(run)
     curve = {key: [row.get(key) for row in run["curve"]] for key in CURVE}
     curve["loss"] = [None if loss is None else round(loss, 4) for loss in curve["loss"]]
     return {**kept, "curve": curve}

@@ -209,3 +209,39 @@ def test_a_dense_model_that_a_run_trained_is_not_measured_again_at_its_start(pub
 def test_a_trial_that_diverged_is_named(publish: Any) -> None:
     methods = {"slr": {"scores": {"0.1": [91.0, 92.0], "5": [None, 10.0]}}}
     assert "slr (lr 0.1: 91.50, lr 5: diverged);" in publish.held_out({"held_out": 0.1, "grid": "0.1, 5", "methods": methods})
+
+
+def test_a_table_grows_by_runs_of_another_machine(publish: Any, tmp_path: Path) -> None:
+    here, there = tmp_path / "runs", tmp_path / "of another machine"
+    for label, cut in (("slr", 90.0), ("admm", 80.0)):
+        make_run(there, "a-2x", label, 1, cut)
+    make_run(there, "b-2x", "slr", 1, 70.0)
+    publish.publish_table("t", [there / "a-2x", there / "b-2x"])
+    before = shown(tmp_path), (tmp_path / "results/t.json").read_text()
+    make_run(here, "a-2x", "slr", 1, 91.0)  # again: in the place of the published one
+    make_run(here, "a-2x", "slr", 2, 93.0)
+    publish.publish_table("t", [here / "a-2x"], keep=True)
+    rows = table(shown(tmp_path))
+    assert [(row["recipe"], row["method"], row["after cutting: top-1 %"]) for row in rows] == [
+        ("a-2x", "dense, not pruned", "95.00"), ("a-2x", "slr", "92.00 ± 1.41"), ("a-2x", "admm", "80.00"),
+        ("b-2x", "dense, not pruned", "95.00"), ("b-2x", "slr", "70.00"),
+    ]  # fmt: skip
+    publish.publish_table("t", [there / "a-2x"], keep=True)
+    make_run(there, "a-2x", "slr", 2, 93.0)
+    publish.publish_table("t", [there / "a-2x", there / "b-2x"])
+    alone = shown(tmp_path), (tmp_path / "results/t.json").read_text()
+    publish.publish_table("t", [there / "b-2x"], keep=True)
+    assert (shown(tmp_path), (tmp_path / "results/t.json").read_text()) == alone != before
+
+
+def test_runs_from_another_dense_model_do_not_join_a_table(publish: Any, tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "a-2x", "slr", 1, 90.0)
+    with pytest.raises(SystemExit, match=r"there is no .*t\.json yet; publish the table without --keep"):
+        publish.publish_table("t", [tmp_path / "runs/a-2x"], keep=True)
+    publish.publish_table("t", [tmp_path / "runs/a-2x"])
+    make_run(tmp_path / "other", "a-2x", "admm", 1, 80.0, metrics={"dense": {"top-1": 94.0}, "cut": {"top-1": 80.0}})
+    with pytest.raises(
+        SystemExit, match=r"start from a dense model of \{'top-1': 95.0\}, those in .* one of \{'top-1': 94.0\}"
+    ):
+        publish.publish_table("t", [tmp_path / "other/a-2x"], keep=True)
+    assert [row["method"] for row in table(shown(tmp_path))] == ["dense, not pruned", "slr"]
