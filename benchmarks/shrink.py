@@ -50,8 +50,9 @@ def main() -> None:
             rows[name][f"of dense, batch {batch}"] = ratios(seconds, "dense").get(name)
     show(rows, [f"milliseconds, batch {batch}" for batch in batches])
     with torch.inference_mode():
-        error = float((shrunk(example) - filters(example)).abs().max())
-    report(args, "shrink", {"model": depth, "side": side, "models": rows, "largest_difference_of_outputs": error})
+        outputs = filters(example)
+        error = float((shrunk(example) - outputs).abs().max() / outputs.abs().max())
+    report(args, "shrink", {"model": depth, "side": side, "models": rows, "largest_difference_over_largest_output": error})
 
 
 def prune(model: nn.Module, rule: Any) -> None:
