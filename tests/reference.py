@@ -44,21 +44,27 @@ def lagrangian(f: float, W: Layers, Z: Layers, lam: Layers, rho: float) -> float
     return f + sum(m * g for m, g in pairs(lam, gap)) + rho / 2 * sum(g * g for layer in gap for g in layer)
 
 
-def cubic(progress: float, over: float) -> float:
-    return 1.0 if not over or progress >= over else 1 - (1 - progress / over) ** 3
+def asked(sparsity: float, progress: float, over: float, curve: str = "cubic") -> float:
+    """What is asked for on the way to `sparsity`."""
+    if not over or progress >= over:
+        return sparsity
+    t = progress / over
+    if curve == "cubic":
+        return sparsity * (1 - (1 - t) ** 3)
+    return 1 - (1 - sparsity) ** (2 * t - t * t)
 
 
 class Twin:
     """Z = Π(W), Λ = 0, and how many weights each layer keeps at each progress."""
 
-    def __init__(self, W: Layers, sparsity: float, ramp: float) -> None:
-        self.sparsity, self.ramp = sparsity, ramp
+    def __init__(self, W: Layers, sparsity: float, ramp: float, curve: str = "cubic") -> None:
+        self.sparsity, self.ramp, self.curve = sparsity, ramp, curve
         self.Z = project(W, self.kept(W, 0.0))
         self.lam = [[0.0] * len(layer) for layer in W]
 
     def kept(self, W: Layers, progress: float) -> list[int]:
-        asked = self.sparsity * cubic(progress, self.ramp)
-        return [len(layer) - round(asked * len(layer)) for layer in W]
+        now = asked(self.sparsity, progress, self.ramp, self.curve)
+        return [len(layer) - round(now * len(layer)) for layer in W]
 
 
 class SLRTwin(Twin):
@@ -66,9 +72,9 @@ class SLRTwin(Twin):
 
     def __init__(
         self, W: Layers, sparsity: float, s0: float, M: float, r: float,
-        rule: str = "contraction", cap: float = inf, ramp: float = 0.0, follows: bool = False,
+        rule: str = "contraction", cap: float = inf, ramp: float = 0.0, follows: bool = False, curve: str = "cubic",
     ) -> None:  # fmt: skip
-        super().__init__(W, sparsity, ramp)
+        super().__init__(W, sparsity, ramp, curve)
         self.follows = follows
         self.s0, self.M, self.r, self.rule, self.cap = s0, M, r, rule, cap
         self.s, self.k, self.alpha = s0, 1, 1.0
@@ -123,14 +129,14 @@ class ADMMTwin(Twin):
 
 
 class GradualTwin:
-    """Zhu & Gupta 2018: keep the largest at a cubically rising sparsity."""
+    """Keep the largest at a rising sparsity, along Zhu & Gupta's cubic or a geometric curve."""
 
-    def __init__(self, sparsity: float, over: float) -> None:
-        self.sparsity, self.over = sparsity, over
+    def __init__(self, sparsity: float, over: float, curve: str = "cubic") -> None:
+        self.sparsity, self.over, self.curve = sparsity, over, curve
 
     def update(self, W: Layers, progress: float) -> Layers:
-        asked = self.sparsity * cubic(progress, self.over)
-        return project(W, [len(layer) - round(asked * len(layer)) for layer in W])
+        now = asked(self.sparsity, progress, self.over, self.curve)
+        return project(W, [len(layer) - round(now * len(layer)) for layer in W])
 
 
 class ReweightedTwin:

@@ -319,7 +319,7 @@ def test_uniform_budget_counts() -> None:
     problem = build_problem(convnet(), rate=7, ignore=())
     for w, mask in zip(problem.weights, problem.masks(problem.weights), strict=True):
         assert int(mask.sum()) == w.numel() - round((1 - 1 / 7) * w.numel())
-    halfway = problem.masks(problem.weights, scale=0.5)
+    halfway = problem.masks(problem.weights, lambda s: s / 2)
     assert all(int(m.sum()) == m.numel() - round((3 / 7) * m.numel()) for m in halfway)
 
 
@@ -329,7 +329,7 @@ def test_global_budget_is_selection_on_the_concatenation() -> None:
     total = sum(w.numel() for w in weights)
     together = torch.cat([w.flatten() for w in weights])
     for scale in (1.0, 0.5, 0.0):
-        masks = problem.masks(weights, scale)
+        masks = problem.masks(weights, lambda s, scale=scale: s * scale)
         kept = total - round(0.8 * scale * total)
         assert torch.equal(torch.cat([m.flatten() for m in masks]), keep_largest([together], kept)[0])
         assert sum(int(m.sum()) for m in masks) == kept

@@ -6,7 +6,7 @@ from decimal import Decimal, getcontext
 import pytest
 
 from dualprune import Constant, DualpruneError, Geometric
-from dualprune.schedules import as_schedule, check_fraction, cubic, slr_alpha
+from dualprune.schedules import as_schedule, check_fraction, ramped, slr_alpha
 
 
 def test_geometric_grows_by_equal_factors_and_stays() -> None:
@@ -55,12 +55,28 @@ def test_fractions(bad: object) -> None:
             make()
 
 
-def test_cubic_rises_from_nothing_to_all() -> None:
-    assert [cubic(p, 0.75) for p in (0.0, 0.75, 0.8, 1.0)] == [0.0, 1.0, 1.0, 1.0]
-    assert cubic(0.375, 0.75) == 1 - 0.5**3
-    curve = [cubic(i / 100, 0.75) for i in range(101)]
-    assert curve == sorted(curve)
-    assert cubic(0.0, 0.0) == 1.0
+@pytest.mark.parametrize("curve", ["cubic", "geometric"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 1 - 1 / 630, 1 - 1e-9, 1.0])
+def test_ramps_rise_from_nothing_to_all(curve: str, sparsity: float) -> None:
+    assert [ramped(sparsity, p, 0.75, curve) for p in (0.0, 0.75, 0.8, 1.0)] == [0.0, sparsity, sparsity, sparsity]
+    asked = [ramped(sparsity, i / 100, 0.75, curve) for i in range(101)]
+    assert asked == sorted(asked) and max(asked) == sparsity
+    assert ramped(sparsity, 0.0, 0.0, curve) == sparsity
+
+
+def test_halfway_of_each_ramp() -> None:
+    assert ramped(0.9, 0.375, 0.75, "cubic") == 0.9 * (1 - 0.5**3)
+    assert ramped(0.99, 0.375, 0.75, "geometric") == pytest.approx(1 - 0.01**0.75)
+    assert ramped(1.0, 0.375, 0.75, "geometric") == 1 - 0.5**3, "nothing kept has no logarithm"
+
+
+def test_the_geometric_ramp_is_by_factors_at_any_rate_and_near_the_cubic_at_ten() -> None:
+    """Halfway, three quarters of the way to the rate in logarithms; by the cubic, at 630 times, four per cent of the rate."""
+    for rate in (2, 10, 630):
+        assert 1 / (1 - ramped(1 - 1 / rate, 0.5, 1.0, "geometric")) == pytest.approx(rate**0.75)
+    kept = {curve: [1 - ramped(0.9, i / 20, 1.0, curve) for i in range(21)] for curve in ("geometric", "cubic")}
+    assert max(abs(a - b) for a, b in zip(*kept.values(), strict=True)) < 0.13
+    assert 1 / (1 - ramped(1 - 1 / 630, 0.75, 1.0, "cubic")) < 60 < 400 < 1 / (1 - ramped(1 - 1 / 630, 0.75, 1.0, "geometric"))
 
 
 @pytest.mark.parametrize(("M", "r"), [(300, 0.1), (150, 0.05), (1.5, 0.9)])

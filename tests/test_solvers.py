@@ -71,8 +71,9 @@ def slr(**changes: object) -> SLR:
         slr(rho=RHO, ramp=0.4, cap=0.5),
         slr(step_rule="as_printed"),
         slr(rho=RHO, ramp=0.4, cap=0.5, pull="outside"),
+        slr(rho=RHO, ramp=0.4, cap=0.5, curve="geometric"),
     ],
-    ids=["constant", "capped", "rho grows", "set shrinks", "as printed", "Z follows"],
+    ids=["constant", "capped", "rho grows", "set shrinks", "as printed", "Z follows", "set shrinks by factors"],
 )
 def test_slr_follows_its_slow_twin(method: SLR, loss: str) -> None:
     _, problem = two_layers()
@@ -80,7 +81,7 @@ def test_slr_follows_its_slow_twin(method: SLR, loss: str) -> None:
     cap = math.inf if method.cap is None else method.cap
     twin = SLRTwin(
         as_lists(problem.weights), SPARSITY, method.s0, method.M, method.r, method.step_rule, cap, method.ramp,
-        follows=method.pull == "outside",
+        follows=method.pull == "outside", curve=method.curve,
     )  # fmt: skip
     assert_same(solver.tensors["Z"], twin.Z)
     loss_at = losses(loss)
@@ -99,11 +100,13 @@ def test_slr_follows_its_slow_twin(method: SLR, loss: str) -> None:
     assert solver.scalars["k"] == twin.k == UPDATES + 1
 
 
-@pytest.mark.parametrize("method", [ADMM(rho=0.3), ADMM(rho=RHO), ADMM(rho=RHO, ramp=0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [ADMM(rho=0.3), ADMM(rho=RHO), ADMM(rho=RHO, ramp=0.5), ADMM(rho=RHO, ramp=0.5, curve="geometric")], ids=repr
+)
 def test_admm_follows_its_slow_twin(method: ADMM) -> None:
     _, problem = two_layers()
     solver = method.start(problem, Store())
-    twin = ADMMTwin(as_lists(problem.weights), SPARSITY, method.ramp)
+    twin = ADMMTwin(as_lists(problem.weights), SPARSITY, method.ramp, method.curve)
     for progress in random_walk(problem):
         row = solver.update(Clock(None, progress))
         expected = twin.update(as_lists(problem.weights), as_schedule(method.rho, "rho")(progress), progress)
@@ -112,10 +115,11 @@ def test_admm_follows_its_slow_twin(method: ADMM) -> None:
         assert_same(solver.tensors["lam"], twin.lam)
 
 
-def test_gradual_magnitude_follows_its_slow_twin() -> None:
+@pytest.mark.parametrize("curve", ["cubic", "geometric"])
+def test_gradual_magnitude_follows_its_slow_twin(curve: str) -> None:
     _, problem = two_layers()
-    solver = GradualMagnitude(over=0.6).start(problem, Store())
-    twin = GradualTwin(SPARSITY, over=0.6)
+    solver = GradualMagnitude(over=0.6, curve=curve).start(problem, Store())
+    twin = GradualTwin(SPARSITY, over=0.6, curve=curve)
     last = [torch.zeros_like(w, dtype=torch.bool) for w in problem.weights]
     for progress in random_walk(problem):
         row = solver.update(Clock(None, progress))
@@ -212,9 +216,10 @@ def test_step_stays_at_s0_while_the_set_shrinks_and_contracts_after() -> None:
     assert len({s for p, s in steps if p >= 0.5}) > 10
 
 
-def test_set_shrinks_cubically_and_masks_are_nested_in_size() -> None:
+@pytest.mark.parametrize("curve", ["cubic", "geometric"])
+def test_the_set_shrinks_and_masks_are_nested_in_size(curve: str) -> None:
     _, problem = two_layers()
-    solver = slr(ramp=0.5).start(problem, Store())
+    solver = slr(ramp=0.5, curve=curve).start(problem, Store())
     kept = []
     for progress in random_walk(problem):
         solver.update(Clock(None, progress))
@@ -368,6 +373,8 @@ def test_paper_constants() -> None:
         (lambda: ADMM(rho=-1.0), r"ADMM\(rho\) expects a positive finite number, got -1.0"),
         (lambda: ADMM(rho=True), r"ADMM\(rho\)"),
         (lambda: SLR(step_rule="as_prnted"), r"step_rule.*did you mean 'as_printed'"),
+        (lambda: SLR(curve="cubik"), r"SLR\(curve\) is one of .*did you mean 'cubic'"),
+        (lambda: GradualMagnitude(curve="geometry"), r"GradualMagnitude\(curve\) is one of .*did you mean 'geometric'"),
         (lambda: SLR(pull="outsid"), r"SLR\(pull\) is one of .*did you mean 'outside'"),
         (lambda: SLR(cap=0), r"cap.*got 0"),
         (lambda: SLR(cap=math.nan), r"cap.*got nan"),

@@ -45,7 +45,7 @@ def filters_of(mask: Tensor) -> list[bool]:
 
 
 def masks_of(problem: Any, scale: float = 1.0) -> dict[str, Tensor]:
-    return {t.name: m for t, m in zip(problem.targets, problem.masks(problem.weights, scale), strict=True)}
+    return {t.name: m for t, m in zip(problem.targets, problem.masks(problem.weights, lambda s: s * scale), strict=True)}
 
 
 # ---------------------------------------------------------------------- one mask for all

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,11 @@ from dualprune.patterns import KernelPattern, Pattern, Unstructured
 from dualprune.quantise import snap
 
 Member = tuple[Pattern, Tensor]  # of a tie: how its values fall into units, and the values
+Asked = Callable[[float], float]  # of a final sparsity: what is asked for now
+
+
+def _final(sparsity: float) -> float:
+    return sparsity
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Problem:
         """The ties by the names of their targets."""
         return [[self.targets[i].name for i in tie] for tie in self.ties]
 
-    def masks(self, values: Sequence[Tensor], scale: float = 1.0) -> list[Tensor]:
-        """Return the masks (True = keep) of the projection of `values` onto the sets, at `scale` times the final sparsity."""
+    def masks(self, values: Sequence[Tensor], asked: Asked = _final) -> list[Tensor]:
+        """Return the masks (True = keep) of the projection of `values` onto the sets, at what is `asked` of each sparsity."""
         if self.importance is not None:
             values = self.importance.weigh([t.weight for t in self.targets], values)
         if self.frozen is not None:
@@ -67,35 +72,35 @@ class Problem:
             if head.pooled:
                 pools.setdefault((head.pattern, head.sparsity, value.device, value.dtype), []).append(group)
             elif len(group) == 1:
-                masks[group[0]] = sharded.mask(head.pattern, value, head.sparsity * scale)
+                masks[group[0]] = sharded.mask(head.pattern, value, asked(head.sparsity))
             else:
-                kept = head.pattern.kept(tuple(value.shape), head.sparsity * scale)
+                kept = head.pattern.kept(tuple(value.shape), asked(head.sparsity))
                 masks |= zip(group, _tied_masks(self._members(group, values), kept), strict=True)
         for (_, sparsity, _, _), groups in pools.items():
             if self.budget == "lamp":
                 shares = [lamp_scores(values[i]) for group in groups for i in group]
-                pooled = _largest(shares, sparsity * scale)
+                pooled = _largest(shares, asked(sparsity))
             else:
-                pooled = _pool_masks([self._members(group, values) for group in groups], sparsity * scale)
+                pooled = _pool_masks([self._members(group, values) for group in groups], asked(sparsity))
             masks |= zip((i for group in groups for i in group), pooled, strict=True)
         if self.frozen is not None:
             masks = {i: mask & ~self.frozen[i] for i, mask in masks.items()}
         return [masks[i] for i in range(len(self.targets))]
 
-    def project(self, values: Sequence[Tensor], scale: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
+    def project(self, values: Sequence[Tensor], asked: Asked = _final) -> tuple[list[Tensor], list[Tensor]]:
         """Return the projections of `values` onto "sparse and on the grid", and their masks.
 
         Where a mask is False the projection is 0, whatever the first list has there. Zero is a level: a weight that is
         rounded to it is not kept.
         """
-        points, masks = list(values), self.masks(values, scale)
+        points, masks = list(values), self.masks(values, asked)
         for i, target in enumerate(self.targets):
             if target.bits is not None:
                 points[i] = snap(torch.where(masks[i], values[i], 0), target.bits)
                 masks[i] = points[i] != 0
         return points, masks
 
-    def magnitude_pools(self, scale: float = 1.0) -> list[tuple[list[int], int]] | None:
+    def magnitude_pools(self, asked: Asked = _final) -> list[tuple[list[int], int]] | None:
         """Return the targets that share a threshold, and how many weights these keep; None where there is more to a mask.
 
         There is with other patterns than `Unstructured`, ties, zeros that stay, grids, LAMP, importance, and weights cut up
@@ -111,7 +116,7 @@ class Problem:
             key = (t.sparsity, t.weight.device, t.weight.dtype) if t.pooled else i
             pools.setdefault(key, []).append(i)
         sizes = [(members, sum(self.targets[i].weight.numel() for i in members)) for members in pools.values()]
-        return [(m, size - round(self.targets[m[0]].sparsity * scale * size)) for m, size in sizes]
+        return [(m, size - round(asked(self.targets[m[0]].sparsity) * size)) for m, size in sizes]
 
     def _groups(self) -> list[tuple[int, ...]]:
         """Return the ties, each where its first target stands, and every other target by itself."""

@@ -572,7 +572,9 @@ class Pruner:
 
     def _record(self, row: Row, loss: float | None) -> Row:
         self._loss_sum, self._loss_count = 0.0, 0
-        scale = self.method.sparsity_scale(self.progress)
+        final = [(t.sparsity, t.weight.numel()) for t in self.problem.targets]
+        whole = sum(s * n for s, n in final)
+        scale = sum(self.method.asked(self.progress, s) * n for s, n in final) / whole if whole else 1.0
         row = {"step": self.step_count, "update": len(self.history) + 1, "loss": loss, "sparsity_scale": scale, **row}
         self.history.append(row)
         return row

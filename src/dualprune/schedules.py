@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dualprune.errors import DualpruneError
+from dualprune.errors import DualpruneError, suggest
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,28 @@ def as_schedule(value: float | Schedule, what: str) -> Schedule:
     return Constant(float(value))
 
 
-def cubic(progress: float, over: float) -> float:
-    """Return how much of the final sparsity to ask for: 1 − (1 − t)³ at t = progress/over (Zhu & Gupta 2018, eq. 1)."""
-    return 1.0 if progress >= over else 1 - (1 - progress / over) ** 3
+CURVES = ("geometric", "cubic")
+
+
+def ramped(sparsity: float, progress: float, over: float, curve: str) -> float:
+    """Return the sparsity to ask for at `progress`, on the way from 0 to `sparsity`, which is reached at `over`.
+
+    With t = progress/over, "cubic" is s·(1 − (1 − t)³) (Zhu & Gupta 2018, eq. 1). "geometric" keeps (1 − s)^(1 − (1 − t)²) of
+    the weights: factors of the rate take their time, not shares of the weights, so that a hundred times fewer is asked for long
+    before the end of a ramp to a thousand. At 10× the two are close.
+    """
+    if progress >= over:
+        return sparsity
+    left = 1 - progress / over
+    if curve == "cubic" or sparsity >= 1:  # nothing kept has no logarithm
+        return sparsity * (1 - left**3)
+    return -math.expm1((1 - left**2) * math.log1p(-sparsity))
+
+
+def check_curve(what: str, curve: str) -> None:
+    """Raise unless `curve` is one that `ramped` knows."""
+    if curve not in CURVES:
+        raise DualpruneError(f"{what} is one of {CURVES}, got {curve!r}{suggest(str(curve), CURVES)}")
 
 
 def slr_alpha(k: int, M: float, r: float) -> float:

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from dualprune.distributed import empty_like, local
 from dualprune.errors import DualpruneError, suggest
 from dualprune.kernels import add_penalty_
-from dualprune.problem import Problem, Target
-from dualprune.schedules import Closing, Geometric, Schedule, as_schedule, check_fraction, cubic
+from dualprune.problem import Asked, Problem, Target
+from dualprune.schedules import Closing, Geometric, Schedule, as_schedule, check_curve, check_fraction, ramped
 from dualprune.solvers.vector import Kept, Scratch, Shifted, chunks, follow_, pull_, pull_outside_
 from dualprune.stride import Stride
 
@@ -43,9 +44,9 @@ class Method(ABC):
         """How far uphill the loop shall take its gradients (`perturbed`), which makes two of them a step; 0: one, in place."""
         return 0.0
 
-    def sparsity_scale(self, progress: float) -> float:
-        """Return which share of the final sparsity the sets have at `progress`."""
-        return 1.0
+    def asked(self, progress: float, sparsity: float) -> float:
+        """Return which sparsity a set has at `progress` on its way to `sparsity`."""
+        return sparsity
 
     @property
     def hold_from(self) -> float:
@@ -116,6 +117,7 @@ class DualMethod(Method):
     penalises = True
     ramp: float = 0.0
     hold: float = 0.0
+    curve: str = "cubic"
     pull: ClassVar[str] = "everywhere"  # where the penalty acts; a field of methods whose Z can follow W
 
     def _check(self) -> None:
@@ -124,6 +126,7 @@ class DualMethod(Method):
             raise DualpruneError(f"{type(self).__name__}(pull) is one of {PULLS}, got {self.pull!r}{near}")
         check_fraction(f"{type(self).__name__}(ramp)", self.ramp)
         check_fraction(f"{type(self).__name__}(hold)", self.hold)
+        check_curve(f"{type(self).__name__}(curve)", self.curve)
         if self.ramp + self.hold > 1 + 1e-9:
             raise DualpruneError(
                 f"{type(self).__name__}: ramp={self.ramp} and hold={self.hold} are parts of one run and sum to at most 1: "
@@ -134,8 +137,8 @@ class DualMethod(Method):
     def needs_total_steps(self) -> bool:  # noqa: D102
         return bool(self.ramp or self.hold) or super().needs_total_steps
 
-    def sparsity_scale(self, progress: float) -> float:  # noqa: D102
-        return cubic(progress, self.ramp) if self.ramp else 1.0
+    def asked(self, progress: float, sparsity: float) -> float:  # noqa: D102
+        return ramped(sparsity, progress, self.ramp, self.curve)
 
     @property
     def hold_from(self) -> float:  # noqa: D102
@@ -151,7 +154,7 @@ class DualSolver(Solver):
         self.method = method
         self.decoupled = isinstance(getattr(method, "rho", None), Closing)
         W = problem.weights
-        points, masks = problem.project(W, method.sparsity_scale(0.0))
+        points, masks = problem.project(W, partial(method.asked, 0.0))
         Z = [store.like(w).copy_(torch.where(m, p, 0)) for w, p, m in zip(W, points, masks, strict=True)]
         lam = [store.like(w).zero_() for w in W]
         super().__init__(problem, {"Z": Z, "lam": lam}, {"rho": rho, **scalars})
@@ -214,13 +217,13 @@ class DualSolver(Solver):
 
     def project(self, progress: float) -> Callable[[Shifted], Sequence[Kept]]:
         """Return V ↦ what its projection at this progress keeps."""
-        scale = self.method.sparsity_scale(progress)
-        return lambda V: _cuts(self.problem, V, scale) or list(zip(*self.problem.project(list(V), scale), strict=True))
+        asked = partial(self.method.asked, progress)
+        return lambda V: _cuts(self.problem, V, asked) or list(zip(*self.problem.project(list(V), asked), strict=True))
 
 
-def _cuts(problem: Problem, V: Shifted, scale: float) -> Sequence[Kept] | None:
+def _cuts(problem: Problem, V: Shifted, asked: Asked) -> Sequence[Kept] | None:
     """Return the projection of V as thresholds where that is all of it, so that neither V nor a mask is held."""
-    pools = problem.magnitude_pools(scale)
+    pools = problem.magnitude_pools(asked)
     cuts: dict[int, Kept] = {}
     for members, k in pools or ():
         cut = V.cut(members, k)

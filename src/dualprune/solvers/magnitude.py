@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from dualprune.distributed import count_nonzero
 from dualprune.errors import DualpruneError
 from dualprune.problem import Problem
-from dualprune.schedules import check_fraction, cubic
+from dualprune.schedules import check_curve, check_fraction, ramped
 from dualprune.solvers.base import Clock, Method, Row, Solver, Store
 
 
@@ -34,13 +35,16 @@ class GradualMagnitude(Method):
 
     Args:
         over: fraction of the run after which the final sparsity is reached and the masks no longer move.
+        curve: "cubic" as published; "geometric" gives factors of the rate their time (`schedules.ramped`).
     """
 
     default_every = 100
     over: float = 0.75
+    curve: str = "cubic"
 
     def __post_init__(self) -> None:
         check_fraction("GradualMagnitude(over)", self.over)
+        check_curve("GradualMagnitude(curve)", self.curve)
         if not self.over:
             raise DualpruneError("GradualMagnitude(over) is a fraction above 0; for a cut at once use Magnitude()")
 
@@ -48,8 +52,8 @@ class GradualMagnitude(Method):
     def needs_total_steps(self) -> bool:  # noqa: D102
         return True
 
-    def sparsity_scale(self, progress: float) -> float:  # noqa: D102
-        return cubic(progress, self.over)
+    def asked(self, progress: float, sparsity: float) -> float:  # noqa: D102
+        return ramped(sparsity, progress, self.over, self.curve)
 
     def start(self, problem: Problem, store: Store) -> Solver:  # noqa: D102
         return GradualSolver(problem, self)
@@ -65,7 +69,7 @@ class GradualSolver(Solver):
         self.method = method
 
     def update(self, clock: Clock) -> Row:  # noqa: D102
-        masks = self.problem.masks(self.problem.weights, self.method.sparsity_scale(clock.progress))
+        masks = self.problem.masks(self.problem.weights, partial(self.method.asked, clock.progress))
         drops = self.tensors["drop"]
         flips = sum(count_nonzero([drop == mask for drop, mask in zip(drops, masks, strict=True)]))
         for drop, mask in zip(drops, masks, strict=True):

@@ -26,10 +26,11 @@ class SLR(DualMethod):
         step_rule: "contraction" keeps s_k‖g_k‖ = α_k s_{k−1}‖g_{k−1}‖, on which the convergence proof rests;
             "as_printed" takes eq. 8 and 13 literally, which can diverge (docs/theory.md).
         cap: the step size never exceeds cap·ρ (ADMM's step is ρ); None lifts the limit.
-        ramp: fraction of the run over which the set shrinks to its final size, cubically; 0: final from the start.
+        ramp: fraction of the run over which the set shrinks to its final size; 0: final from the start.
             While it shrinks, the step size stays s0: a set that moves makes new violation, which the contraction
             would answer with ever smaller steps.
         hold: fraction at the end of the run that is trained under the fixed mask.
+        curve: how the set shrinks, "geometric" or "cubic" (`schedules.ramped`).
         pull: "outside" lets Z follow W on its support between updates, so that the penalty pulls only what is to go;
             "everywhere" leaves Z where the last update put it, as published, which also brakes the weights that stay.
 
