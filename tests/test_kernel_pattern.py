@@ -317,7 +317,7 @@ def test_global_budget_shares_one_threshold_and_lets_no_layer_die() -> None:
     kept = torch.cat([s[m.flatten(2).any(2).flatten()] for s, m in zip(strongest[::2], masks[::2], strict=True)])
     gone = torch.cat([s[~m.flatten(2).any(2).flatten()] for s, m in zip(strongest[::2], masks[::2], strict=True)])
     assert kept.min() >= gone.max()
-    halfway = problem.masks(weights, 0.5)
+    halfway = problem.masks(weights, lambda s: s / 2)
     assert abs(sum(int(m.sum()) for m in halfway) - total * (1 - 0.5 * 5 / 6)) <= 2.5
 
 

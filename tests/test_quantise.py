@@ -264,7 +264,7 @@ def test_the_solvers_follow_their_slow_twins(method, monkeypatch):
     solver = method.start(problem, Store())
     W = [t.flatten().tolist() for t in problem.weights]
     if isinstance(method, SLR):
-        twin = reference.SLRTwin(W, 0.5, method.s0, method.M, method.r, ramp=method.ramp)
+        twin = reference.SLRTwin(W, 0.5, method.s0, method.M, method.r, ramp=method.ramp, curve=method.curve)
     else:
         twin = reference.ADMMTwin(W, 0.5, 0.0)
     for update in range(40):

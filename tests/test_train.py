@@ -174,18 +174,26 @@ def test_a_default_that_has_changed_is_another_run(tiny, tmp_path, monkeypatch):
 def test_results_of_earlier_versions_stay_valid(tiny, tmp_path):
     result = run(parse_recipe(TINY, ["methods.slr.base=paper"]), "slr", out=tmp_path)
     path = tmp_path / "tiny" / "slr-seed0" / "result.json"
-    assert "pull='everywhere', " in result["method"]
-    for older in (result | {"method": result["method"].replace("pull='everywhere', ", "")}, dict(result)):
+    assert "pull='everywhere', " in result["method"] and "curve='geometric', " in result["method"]
+    before = result["method"].replace("curve='geometric', ", "")  # no set shrinks here
+    for older in (result | {"method": before.replace("pull='everywhere', ", "")}, result | {"method": before}, dict(result)):
         if older == result:
             del older["method"], older["weights_sha256"]
         path.write_text(json.dumps(older))
         assert run(parse_recipe(TINY, ["methods.slr.base=paper"]), "slr", out=tmp_path) == older
-    # before there was a choice, the default pulled everywhere too: what is pulled outside now is another run
+    # before there was a choice, the default pulled everywhere and shrank the set cubically: what it does now is another run
     now = run(tiny, "slr", out=tmp_path / "now")
     path = tmp_path / "now" / "tiny" / "slr-seed0" / "result.json"
-    path.write_text(json.dumps(now | {"method": now["method"].replace("pull='outside', ", "")}))
-    with pytest.raises(DualpruneError, match="another method"):
-        run(tiny, "slr", out=tmp_path / "now")
+    for since in ("pull='outside', ", "curve='geometric', "):
+        assert since in now["method"]
+        path.write_text(json.dumps(now | {"method": now["method"].replace(since, "")}))
+        with pytest.raises(DualpruneError, match="another method"):
+            run(tiny, "slr", out=tmp_path / "now")
+    cubic = parse_recipe(TINY, ["methods.slr.curve=cubic"])
+    now = run(cubic, "slr", out=tmp_path / "cubic")
+    path = tmp_path / "cubic" / "tiny" / "slr-seed0" / "result.json"
+    path.write_text(json.dumps(older := now | {"method": now["method"].replace("curve='cubic', ", "")}))
+    assert run(cubic, "slr", out=tmp_path / "cubic") == older
 
 
 def test_other_starting_weights_are_another_run(tiny, tmp_path):

@@ -19,7 +19,7 @@ class ADMM(DualMethod):
         rho: penalty, a number or a schedule over the run. The squared norm ρ/2 ‖W − Z‖² is meant.
         ramp: fraction of the run over which the set shrinks to its final size; 0: final from the start, as published.
         hold: fraction at the end of the run that is trained under the fixed mask; 0 as published.
-        curve: how the set shrinks, "cubic" or "geometric" (`schedules.ramped`).
+        curve: how the set shrinks, "geometric" or "cubic" (`schedules.ramped`).
         pull: "everywhere" as published, or "outside" as in `SLR`.
     """
 

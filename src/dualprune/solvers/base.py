@@ -117,7 +117,7 @@ class DualMethod(Method):
     penalises = True
     ramp: float = 0.0
     hold: float = 0.0
-    curve: str = "cubic"
+    curve: str = "geometric"
     pull: ClassVar[str] = "everywhere"  # where the penalty acts; a field of methods whose Z can follow W
 
     def _check(self) -> None:

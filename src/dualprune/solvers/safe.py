@@ -40,7 +40,7 @@ class SAFE(DualMethod):
         rho_sam: radius of the ball in which the worst loss is looked for.
         ramp: fraction of the run over which the set shrinks to its final size; 0 as published.
         hold: fraction at the end of the run that is trained under the fixed mask; 0 as published.
-        curve: how the set shrinks, "cubic" or "geometric" (`schedules.ramped`).
+        curve: how the set shrinks, "geometric" or "cubic" (`schedules.ramped`).
 
     Raises:
         DualpruneError: a constant is out of its range.
