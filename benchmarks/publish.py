@@ -128,7 +128,7 @@ def publish_table(
         raise SystemExit(f"--table {name}: no finished run on the test split in {', '.join(map(str, folders))}")
     for recipe in recipes if also else []:
         measure_also(recipe, *also)
-    found = {recipe.name: recipe for recipe in recipes}
+    given = recipes
     if keep:
         recipes = with_published(ROOT / "results" / f"{name}.json", recipes)
         empty = [one for one in empty if one not in {recipe.name for recipe in recipes}]
@@ -140,7 +140,7 @@ def publish_table(
     insert(ROOT / "docs" / "results.md", name, table.rstrip("\n"))
     target = ROOT / "results" / f"{name}.json"
     write_text(target, compact(name, recipes))
-    for recipe in found.values() if weights else []:
+    for recipe in given if weights else []:
         copy_weights(recipe, weights or "")
     print(table + f"\nwrote {target.relative_to(ROOT)}")
 

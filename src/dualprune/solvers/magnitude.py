@@ -31,7 +31,7 @@ class OneShotSolver(Solver):
 
 @dataclass(frozen=True)
 class GradualMagnitude(Method):
-    """Raise the sparsity cubically over the first `over` of the run, re-ranking at every update; pruned weights stay zero.
+    """Raise the sparsity over the first `over` of the run, re-ranking at every update; pruned weights stay zero.
 
     Args:
         over: fraction of the run after which the final sparsity is reached and the masks no longer move.
