@@ -224,7 +224,9 @@ def joined(old: Mapping[str, Any], new: RecipeRuns | None) -> RecipeRuns:
     runs = [{"history": [], "paper": old["paper"], **run, "curve": rows_of(run["curve"])} for run in old["runs"]]
     if new is None:
         of_name = sorted((ROOT / "recipes").rglob(f"{old['recipe']}.toml"))
-        methods = tuple(tomllib.loads(of_name[0].read_text()).get("methods", {})) if of_name else ()
+        if not of_name:
+            raise SystemExit(f"--keep: published runs are of {old['recipe']}, but recipes/ has it no more")
+        methods = tuple(tomllib.loads(of_name[0].read_text()).get("methods", {}))
         return RecipeRuns(Path(old["recipe"]), runs, old["tune"], old["paper"], methods, old["bits"])
     again = {(run["label"], run["seed"]) for run in new.runs}
     kept = [run for run in runs if (run["label"], run["seed"]) not in again]

@@ -16,6 +16,8 @@ from helpers import TINY_RECIPE
 
 ROOT = Path(__file__).resolve().parents[1]
 
+METHODS = "".join(f"[methods.{label}]\n" for label in ("slr", "admm", "slr-paper"))
+
 
 @pytest.fixture
 def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -26,6 +28,8 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(publish, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
+    for name in ("a-2x", "b-2x"):
+        write_text(tmp_path / f"recipes/{name}.toml", METHODS)
     write_text(tmp_path / "docs/results.md", "before\n<!-- begin t -->\nNot run yet.\n<!-- end t -->\nafter\n")
     return publish
 
@@ -35,7 +39,7 @@ def make_run(root: Path, recipe: str, label: str, seed: int, cut: float | dict[s
     place = root / recipe / f"{label}-seed{seed}"
     after = cut if isinstance(cut, dict) else {"top-1": cut}
     first = next(iter(after))
-    write_text(place / "recipe.toml", "[prune]\nbits = 4\n" + "".join(f"[methods.{m}]\n" for m in ("slr", "admm", "slr-paper")))
+    write_text(place / "recipe.toml", f"[prune]\nbits = 4\n{METHODS}")
     write_jsonl(place / "epochs.jsonl", [{"epoch": 1, "stage": "train", "loss": 0.123456, "accuracy_cut": 50.0, "lr": 0.1}])
     write_jsonl(place / "history.jsonl", [{"step": 1, "update": 1}])
     write_text(place / "pruned.safetensors", f"{label} {seed}")
@@ -245,3 +249,12 @@ def test_runs_from_another_dense_model_do_not_join_a_table(publish: Any, tmp_pat
     ):
         publish.publish_table("t", [tmp_path / "other/a-2x"], keep=True)
     assert [row["method"] for row in table(shown(tmp_path))] == ["dense, not pruned", "slr"]
+
+
+def test_a_published_recipe_that_is_gone_is_named(publish: Any, tmp_path: Path) -> None:
+    for name in ("a-2x", "b-2x"):
+        make_run(tmp_path / "runs", name, "slr", 1, 90.0)
+    publish.publish_table("t", [tmp_path / "runs/a-2x", tmp_path / "runs/b-2x"])
+    (tmp_path / "recipes/b-2x.toml").unlink()
+    with pytest.raises(SystemExit, match=r"published runs are of b-2x, but recipes/ has it no more"):
+        publish.publish_table("t", [tmp_path / "runs/a-2x"], keep=True)
