@@ -3,15 +3,20 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dualprune import SLR, DualpruneError, GradualMagnitude, Magnitude, attach
+import dualprune
+from dualprune import SLR, DualpruneError, GradualMagnitude, Magnitude, attach, load_sparse
+from dualprune.recipe import parse_recipe
 from dualprune.solvers.base import Method
-from helpers import tiny_net, train
+from dualprune.train import run
+from helpers import TINY_RECIPE, tiny_net, train
 
 
 def adam(model: nn.Module) -> Optimizer:
@@ -169,3 +174,28 @@ def test_an_unknown_importance_is_refused_with_a_suggestion(method: Method) -> N
 def test_no_optimizer_has_no_second_moments() -> None:
     with pytest.raises(DualpruneError, match="got no optimizer"):
         attach(tiny_net(), None, Magnitude(), rate=5, importance="second-moment")
+
+
+def test_a_recipe_may_give_one_method_its_own_importance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked: list[str] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        ranked.append(options["importance"])
+        return attach(*args, **options)
+
+    monkeypatch.setattr(dualprune, "attach", watched)
+    table = '[methods.slr-v]\nkind = "slr"\nupdates_per_epoch = 2\nimportance = "second-moment"\n'
+    recipe = parse_recipe(TINY_RECIPE.replace("lr = 0.05", 'lr = 0.005\noptimizer = "adam"') + table)
+    for label in ("slr", "slr-v"):
+        run(recipe, label, out=tmp_path)
+    assert ranked == ["magnitude", "second-moment"]
+    masks = [load_sparse(tmp_path / f"tiny/{label}-seed0/pruned.safetensors")["fc2.weight"] != 0 for label in ("slr", "slr-v")]
+    assert masks[0].sum() == masks[1].sum() and not masks[0].equal(masks[1])
+
+
+def test_the_importance_of_a_method_decides_its_fingerprint_alone() -> None:
+    plain, ranked = parse_recipe(TINY_RECIPE), parse_recipe(TINY_RECIPE, ["methods.slr.importance=second-moment"])
+    assert ranked.fingerprint("slr", 0, "test") != plain.fingerprint("slr", 0, "test")
+    assert ranked.fingerprint("gradual", 0, "test") == plain.fingerprint("gradual", 0, "test")
+    with pytest.raises(DualpruneError, match=r"\[methods.slr\] importance: .* did you mean 'second-moment'"):
+        parse_recipe(TINY_RECIPE, ["methods.slr.importance=second-momentum"])

@@ -92,7 +92,7 @@ class Recipe(Table):
         return self._with(label, self.method(label).model_copy(update={"lr": lr}), {"lr": lr})
 
     def with_trial(self, label: str, trial: Mapping[str, Any]) -> Recipe:
-        """This recipe with a trial's keys for one method: lr, updates_per_epoch and fields of its solver."""
+        """This recipe with a trial's keys for one method: lr, updates_per_epoch, importance and fields of its solver."""
         return self._with(label, self.method(label).with_trial(trial), trial)
 
     def _with(self, label: str, table: MethodTable, settings: Mapping[str, Any]) -> Recipe:
@@ -167,14 +167,19 @@ class Recipe(Table):
             del prune["importance"]
         return table
 
+    def _deciding_of(self, label: str) -> dict[str, Any]:
+        """What decides of a method's table: not its trials, and keys younger than many a run only where they are given."""
+        table = self.method(label).model_dump(mode="json", exclude={"trials"})
+        return table if table["importance"] else {key: value for key, value in table.items() if key != "importance"}
+
     def fingerprint(self, label: str, seed: int, split: str) -> str:
         """SHA-256 of all that decides a run's numbers; other methods' tables, paths and the paper's numbers do not."""
-        method = self.method(label).model_dump(mode="json", exclude={"trials"})
+        method = self._deciding_of(label)
         return digest(self.deciding() | {"label": label, "method": method, "run_seed": seed, "split": split})
 
     def tuning_fingerprint(self, label: str, chosen: Iterable[str]) -> str:
         """SHA-256 of what a choice of settings was made for: `fingerprint` without the keys that were `chosen`, and lr."""
-        table, method = self.deciding(), self.method(label).model_dump(mode="json", exclude={"trials"})
+        table, method = self.deciding(), self._deciding_of(label)
         del table["training"]["lr"]  # a choice always has its own
         method = {key: value for key, value in method.items() if key not in {"lr", *chosen}}
         return digest(table | {"label": label, "method": method, "run_seed": 0, "split": "validation"})

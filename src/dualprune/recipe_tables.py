@@ -29,6 +29,7 @@ from dualprune.errors import DualpruneError, suggest
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Importance = Literal["magnitude", "second-moment"]
 MOST_TRIALS, MOST_OWN = 6, 2  # what tuning may cost a method, and what it may vary besides lr: the same for all
 
 
@@ -272,7 +273,7 @@ class PruneTable(Table):
     rate: float | None = None
     sparsity: float | None = None
     budget: Literal["uniform", "erk", "global", "lamp"] = "uniform"
-    importance: Literal["magnitude", "second-moment"] = "magnitude"
+    importance: Importance = "magnitude"
     patterns: dict[str, LayerTable] = {}
     ignore: list[str] | None = None
     keep_zeros: bool = False
@@ -314,7 +315,7 @@ class PruneTable(Table):
 
 
 class MethodTable(_Typed):
-    """``[methods.NAME]``: a solver, its overridden fields, and this method's own lr, epochs and update period."""
+    """``[methods.NAME]``: a solver, its overridden fields, and this method's own lr, epochs, update period and importance."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -323,6 +324,7 @@ class MethodTable(_Typed):
     lr: Positive | None = None
     epochs: Count | None = None
     updates_per_epoch: Positive | None = None
+    importance: Importance | None = None
     trials: list[dict[str, Any]] = []
 
     @field_validator("trials")

@@ -290,7 +290,7 @@ def _attach(recipe: Recipe, label: str, model: nn.Module, optimizer: torch.optim
         patterns=recipe.patterns(),
         ignore=prune.ignore,
         budget=prune.budget,
-        importance=prune.importance,
+        importance=method.importance or prune.importance,
         keep_zeros=prune.keep_zeros,
         ties=prune.ties,
         bits=prune.bits,
