@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from dualprune import SLR, load_sparse, report, run_folder, train
 from dualprune.errors import DualpruneError, FormatError, NonFiniteError
 from dualprune.loop import Interrupted, Loop
-from dualprune.progress import Silent
+from dualprune.progress import Lines, Silent
 from dualprune.recipe import parse_recipe
 from dualprune.recipe_tables import MethodTable
 from dualprune.run_folder import Diverged, RunError
@@ -74,14 +74,14 @@ def same(a, b):
     return a == b
 
 
-def assert_bit_identical(one, other):
-    """Weights, masks, optimizer, multipliers, histories of two finished run folders."""
+def assert_bit_identical(one, other, *, but=()):
+    """Weights, masks, optimizer, multipliers, histories of two finished run folders; of the epochs all `but` some keys."""
     first, second = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, other))
     for key in ("model", "optimizer", "pruner", "rng", "epoch", "step"):
         assert same(first[key], second[key]), key
     assert (one / "pruned.safetensors").read_bytes() == (other / "pruned.safetensors").read_bytes()
     assert (one / "history.jsonl").read_bytes() == (other / "history.jsonl").read_bytes()
-    a, b = ([row | {"seconds": 0} for row in rows(folder / "epochs.jsonl")] for folder in (one, other))
+    a, b = ([row | dict.fromkeys(("seconds", *but)) for row in rows(folder / "epochs.jsonl")] for folder in (one, other))
     assert a == b and a
     a, b = (json.loads((folder / "result.json").read_text()) for folder in (one, other))
     for key in ("dense", "cut", "retrained", "kept", "layers", "steps", "recipe_sha256"):
@@ -249,6 +249,33 @@ def test_dense_training_is_done_once_for_all(tmp_path):
     assert len(list((tmp_path / "tiny").glob("dense-*"))) == 2
 
 
+def test_curves_may_be_measured_less_often_and_nothing_else_changes(tmp_path, capsys):
+    whole = parse_recipe(TINY, ["training.epochs=3", "prune.retrain_epochs=3"])
+    sparse = parse_recipe(TINY, ["training.epochs=3", "prune.retrain_epochs=3", "training.measure_every=2"])
+    places = [tmp_path / name / "tiny" / "slr-seed0" for name in ("whole", "sparse")]
+    for recipe, place in zip((whole, sparse), places, strict=True):
+        run(recipe, "slr", out=place.parents[1], progress=Lines())
+    assert_bit_identical(*places, but=("accuracy_cut",))
+    every, some = ([row["accuracy_cut"] for row in rows(place / "epochs.jsonl")] for place in places)
+    assert some == [None, every[1], every[2], None, every[4], every[5]]  # the last of each stage is always measured
+    assert capsys.readouterr().out.count("cut") == 3 + 3 + 2 + 2
+
+
+def test_the_dense_model_is_measured_once_for_all(tiny, tmp_path, monkeypatch):
+    measured = []
+    dear = Classification.final_metrics
+    monkeypatch.setattr(Classification, "final_metrics", lambda self, model: measured.append(1) or dear(self, model))
+    first, second = (run(tiny, label, out=tmp_path) for label in ("oneshot", "gradual"))
+    assert first["metrics"]["dense"] == second["metrics"]["dense"] and len(measured) == 3
+    run(parse_recipe(TINY, ["model={name='mlp', options={hidden=[24, 17]}}"]), "oneshot", out=tmp_path / "other")
+    (kept,) = (tmp_path / "tiny").glob("measured-*.json")
+    kept.write_text("{")
+    with pytest.raises(FormatError, match=r"measured-\w+\.json"):
+        run(tiny, "slr", out=tmp_path)
+    run(tiny, "slr", out=tmp_path, resume=False)
+    assert json.loads(kept.read_text()) == first["metrics"]["dense"]
+
+
 def test_retraining_keeps_the_masks(tmp_path):
     recipe = parse_recipe(TINY, ["prune.retrain_epochs=2", "prune.retrain_lr=0.2"])
     result = run(recipe, "oneshot", out=tmp_path)
@@ -343,7 +370,7 @@ import os, random, signal, sys, time
 import torch
 import sklearn.datasets, dualprune.plots, dualprune.report
 import dualprune.train as train
-from dualprune.progress import Silent
+from dualprune.progress import Lines, Silent
 from dualprune.recipe import load_recipe
 
 torch.set_num_threads(1)

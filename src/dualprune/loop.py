@@ -6,6 +6,7 @@ changes is in one checkpoint that is either whole or not there.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import threading
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 import dualprune
 from dualprune.distributed import Ranks
 from dualprune.errors import DualpruneError, FormatError, NonFiniteError
-from dualprune.files import atomic_write, write_jsonl
+from dualprune.files import atomic_write, read_json, write_json, write_jsonl
 from dualprune.progress import Progress
 from dualprune.recipe import Recipe, digest
 from dualprune.recipe_tables import OptimizerTable
@@ -273,14 +274,16 @@ class Loop:
 
     def _end_epoch(self) -> None:
         self._wait()
-        cut = None if self.pruner is None else self._measure_cut()
+        every = self.job.recipe.training.measure_every
+        due = (self.epoch + 1) % every == 0 or self.epoch + 1 == self.epochs
+        cut = self._measure_cut() if due and self.pruner is not None else None
         row = {
             "epoch": len(self.rows) + 1,
             "step": (self.rows[-1]["step"] if self.rows else 0) + self.step,
             "stage": self.stage,
             "loss": self.job.ranks.mean(self.loss_sum) / max(1, self.step),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "accuracy": None if cut is not None else self.measure(),
+            "accuracy": self.measure() if due and self.pruner is None else None,
             "accuracy_cut": cut,
             "seconds": round(self.epoch_seconds, 2),
         }
@@ -314,10 +317,32 @@ class Loop:
     def report(self, when: str) -> None:
         """Note all metrics of the model as it is, in float32, and draw what it predicts."""
         task = self.job.task
-        self.notes[when] = task.measure(self.model) | task.final_metrics(self.model)
+        self.notes[when] = self._dense_metrics() if when == "dense" else self._all_metrics()
         if self.job.ranks.first:
             with saving(self.place):
                 write_pictures(self.place, when, task.pictures(self.model))
+
+    def _all_metrics(self) -> dict[str, float]:
+        return self.job.task.measure(self.model) | self.job.task.final_metrics(self.model)
+
+    def _dense_metrics(self) -> dict[str, float]:
+        """Measure the dense model once for all methods and seeds that share its folder: attacks take long."""
+        job, recipe, data = self.job, self.job.recipe, self.job.task.data_sha256()
+        if data is None:  # nobody could tell whether they have changed
+            return self._all_metrics()
+        of = recipe.model_dump(mode="json", include={"task", "model", "data", "robust", "seed"})
+        of["training"] = recipe.training.model_dump(mode="json", include={"channels_last", "adversarial"})
+        of |= {"split": job.task.split, "weights": _state_sha256(self.model), "data_sha256": data, "device": job.device.type}
+        del of["data"]["root"]
+        kept = job.cache / f"measured-{digest(of)[:12]}.json"
+        found: dict[str, float] | None = job.ranks.shared(read_json(kept) if job.ranks.first and job.resume else None)
+        if found is not None:
+            return found
+        metrics = self._all_metrics()
+        if job.ranks.first:
+            with saving(self.place):
+                write_json(kept, metrics)
+        return metrics
 
     def calibration(self) -> Iterator[Any] | None:
         """This rank's batches for re-estimating batch norm, or None where the recipe wants none."""
@@ -446,6 +471,15 @@ def reproducible(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+
+
+def _state_sha256(model: nn.Module) -> str:
+    """SHA-256 (hex) of a model's names, shapes and values."""
+    seen = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        seen.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        seen.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return seen.hexdigest()
 
 
 def _log(writer: Any, row: dict[str, Any], updates: list[dict[str, Any]]) -> None:

@@ -84,7 +84,7 @@ class Bars(Silent):
         self._bar.update(self._task, advance=1, figures=f"loss {self._loss:.4f}{self._cut}")
 
     def epoch(self, row: dict[str, Any]) -> None:  # noqa: D102
-        self._cut = f", {_accuracy(row)}"
+        self._cut = _accuracy(row) or self._cut
         self._bar.update(self._task, figures=f"loss {row['loss']:.4f}{self._cut}")
 
     def note(self, text: str) -> None:  # noqa: D102
@@ -100,13 +100,14 @@ class Bars(Silent):
 
 
 def _figures(row: dict[str, Any]) -> str:
-    return f"loss {row['loss']:.4f}, {_accuracy(row)}"
+    return f"loss {row['loss']:.4f}{_accuracy(row)}"
 
 
 def _accuracy(row: dict[str, Any]) -> str:
+    """Say what was measured in this epoch; nothing where `measure_every` left it out."""
     if row["accuracy_cut"] is not None:
-        return f"cut {row['accuracy_cut']:.2f} %"
-    return f"accuracy {row['accuracy']:.2f} %"
+        return f", cut {row['accuracy_cut']:.2f} %"
+    return "" if row["accuracy"] is None else f", accuracy {row['accuracy']:.2f} %"
 
 
 def _clock(seconds: float) -> str:

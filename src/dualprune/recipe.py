@@ -155,7 +155,7 @@ class Recipe(Table):
     def deciding(self) -> dict[str, Any]:
         """All that decides a run's numbers but its method; paths and the paper's numbers do not."""
         table = self.model_dump(mode="json", exclude={"paper", "methods", "description"})
-        del table["data"]["root"], table["training"]["checkpoint_minutes"]
+        del table["data"]["root"], table["training"]["checkpoint_minutes"], table["training"]["measure_every"]
         # younger than many a finished run, which has to keep its fingerprint
         prune, training = table["prune"], table["training"]
         young = [(table, "robust"), (training, "adversarial"), (training, "distill")]

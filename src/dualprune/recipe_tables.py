@@ -234,6 +234,7 @@ class TrainingTable(OptimizerTable):
     channels_last: bool = False
     compile: bool = False
     checkpoint_minutes: Positive = 5.0
+    measure_every: Count = 1
     adversarial: AdversarialTable | None = None
     distill: DistillTable | None = None
 
