@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualprune.scratch import Scratch
 from dualprune.selection import keep_largest
+from dualprune.solvers import vector
 from dualprune.solvers.vector import (
     Shifted,
     all_finite,
@@ -20,7 +21,13 @@ from dualprune.solvers.vector import (
     replace_,
 )  # fmt: skip
 
-BIG = 3 * (1 << 17) + 5  # several chunks and a rest
+CHUNK = 1 << 17  # a quarter of the real one, for the time of these tests
+BIG = 3 * CHUNK + 5  # several chunks and a rest
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(vector, "_CHUNK", CHUNK)
 
 
 def tensors(dtype: torch.dtype, layout: str, seed: int) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Lists of tensors as one long vector: the few operations the updates are made of.
 
-On a CPU they walk through the memory in chunks that stay in a core's cache, so that no full-size temporary is made.
+On a CPU they walk through the memory in chunks that stay in its last cache, so that no full-size temporary is made.
 Of tensors that are cut up over ranks (DTensors) every rank walks through its own part, and sums are of all parts.
 """
 
@@ -19,7 +19,7 @@ from dualprune.selection import BITS, Cut, memory_order
 
 Tensors = Sequence[Tensor]
 Kept = Cut | tuple[Tensor, Tensor]  # what a projection keeps of one tensor: a threshold, or a point and its mask
-_CHUNK = 1 << 17  # elements
+_CHUNK = 1 << 19  # elements: few enough for a shared cache, and enough that starting an operator is little beside it
 
 
 def chunks(*lists: Tensors) -> Iterator[tuple[Tensor, ...]]:
