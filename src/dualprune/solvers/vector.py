@@ -82,7 +82,11 @@ def follow_(Z: Tensors, W: Tensors, lam: Tensors, rho: float) -> None:
     room, V = Scratch(), Shifted(W, lam, rho)
     for z, w, multiplier in chunks(Z, W, lam):
         kept = torch.ne(z, 0, out=room.like(z, "kept")).to(w.device)
-        z.copy_(V.form(w, multiplier, room.like(w, "v")).mul_(kept))
+        moved = V.form(w, multiplier, room.like(w, "v"))
+        if z.device == w.device:
+            torch.mul(moved, kept, out=z)
+        else:
+            z.copy_(moved.mul_(kept))
 
 
 class Shifted:
