@@ -143,14 +143,16 @@ class ReweightedTwin:
     """P_g = 1/(R_g + ε) of the last refresh, and a λ per budget by what its log-odds of energy outside have to fall.
 
     `groups` are each layer's units as lists of indices; R is Σw² or its root. The root's corner is rounded below ε, or
-    wherever a unit would be pulled by more than half of itself in a step of `lr`. Layers have a budget each, or, `pooled`
+    wherever a unit would be pulled by more than half of itself in a step of `lr`. With `spare` P_g is 0 for what was
+    kept at the last refresh. Layers have a budget each, or, `pooled`
     (for units of one weight), one in common.
     """
 
     def __init__(
         self, W: Layers, groups: list[list[list[int]]], sparsity: float, squared: bool, eps: float,
-        refreshes: int, target: float, end: float, lam: float | None = None, pooled: bool = False,
+        refreshes: int, target: float, end: float, lam: float | None = None, pooled: bool = False, spare: bool = False,
     ) -> None:  # fmt: skip
+        self.spare = spare
         self.groups, self.sparsity, self.squared = groups, sparsity, squared
         self.refreshes, self.target, self.end = refreshes, target, end
         layers = list(range(len(W)))
@@ -165,7 +167,9 @@ class ReweightedTwin:
         return [[sum(w[i] ** 2 for i in g) ** power for g in units] for w, units in zip(W, self.groups, strict=True)]
 
     def weights(self, W: Layers) -> Layers:
-        return [[1 / (r + e) for r in R] for R, e in zip(self.sizes(W), self.eps, strict=True)]
+        kept = self.support(W) if self.spare else [set() for _ in W]
+        layers = zip(self.sizes(W), self.eps, self.groups, kept, strict=True)
+        return [[0.0 if g[0] in k else 1 / (r + e) for r, g in zip(R, units, strict=True)] for R, e, units, k in layers]
 
     def gradient(self, W: Layers, own: Layers) -> Layers:
         """Return the loss's own gradient plus the penalty's; the first one sets λ, to be as long."""

@@ -82,8 +82,11 @@ def set_grads(model: nn.Module, seed: int = 3) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters()]
 
 
-def written(w: Tensor, at: Tensor, groups: list[list[int]], squared: bool, eps: float, lam: float, delta: float) -> Tensor:
-    """Return λ Σ P_g R(W_g) with P from the weights `at`; the norm is a parabola below δ."""
+def written(
+    w: Tensor, at: Tensor, groups: list[list[int]], squared: bool, eps: float, lam: float, delta: float,
+    spared: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return λ Σ P_g R(W_g) with P from the weights `at`, 0 for what is in `spared`; the norm is a parabola below δ."""
     total = w.new_zeros(())
     for g in groups:
         v, old = w.flatten()[g], at.flatten()[g]
@@ -92,7 +95,7 @@ def written(w: Tensor, at: Tensor, groups: list[list[int]], squared: bool, eps: 
         else:
             norm = v.square().sum().sqrt()
             R, P = (norm if norm > delta else norm**2 / (2 * delta) + delta / 2), 1 / (old.square().sum().sqrt() + eps)
-        total = total + lam * P * R
+        total = total + (0 if spared.flatten()[g].any() else lam) * P * R
     return total
 
 
@@ -102,19 +105,21 @@ def written(w: Tensor, at: Tensor, groups: list[list[int]], squared: bool, eps: 
 @BY_PATTERN
 @BY_NORM
 @pytest.mark.parametrize("eps", [0.02, 0.9])  # few units below ε, and many
-def test_the_gradient_is_that_of_the_penalty_as_written(pattern: Pattern, norm: str, eps: float) -> None:
-    model, solver = layers(pattern, Reweighted(lam=0.3, norm=norm, eps=eps))
+@pytest.mark.parametrize("spare", [False, True])
+def test_the_gradient_is_that_of_the_penalty_as_written(pattern: Pattern, norm: str, eps: float, spare: bool) -> None:
+    model, solver = layers(pattern, Reweighted(lam=0.3, norm=norm, eps=eps, spare=spare))
     at = [w.clone() for w in solver.problem.weights]
+    spared = [mask & spare for mask in solver.problem.masks(at)]
     for w in solver.problem.weights:  # P stays that of the weights at the start
         w.mul_(torch.rand_like(w) + 0.2)
     own = set_grads(model)
     with torch.no_grad():
         solver.penalty_(None)
     expected = []
-    for target, old in zip(solver.problem.targets, at, strict=True):
+    for target, old, kept in zip(solver.problem.targets, at, spared, strict=True):
         mean = torch.tensor([old.flatten()[g].norm() ** (2 if norm == "squared" else 1) for g in units(pattern)]).mean()
         w = target.weight.detach().clone().requires_grad_()
-        penalty = written(w, old, units(pattern), norm == "squared", eps * float(mean), 0.3, eps * float(mean))
+        penalty = written(w, old, units(pattern), norm == "squared", eps * float(mean), 0.3, eps * float(mean), kept)
         expected.append(torch.autograd.grad(penalty, w)[0])
     for conv, grads, pull in zip(model, (own[:2], own[2:]), expected, strict=True):
         torch.testing.assert_close(conv.weight.grad, grads[0] + pull, rtol=1e-6, atol=1e-9)
@@ -144,12 +149,16 @@ def test_a_weight_of_zeros_gets_no_gradient(norm: str) -> None:
     ids=str,
 )
 @pytest.mark.parametrize(("norm", "lam"), [("plain", None), ("squared", None), (None, 0.02), ("plain", 5.0)])
-def test_it_follows_its_slow_twin(pattern: Pattern, pooled: bool, norm: str | None, lam: float | None) -> None:
-    method = Reweighted(lam=lam, norm=norm, eps=0.3, refreshes=7, target=1e-3, hold=0.2)
+@pytest.mark.parametrize("spare", [False, True, None])
+def test_it_follows_its_slow_twin(
+    pattern: Pattern, pooled: bool, norm: str | None, lam: float | None, spare: bool | None
+) -> None:
+    method = Reweighted(lam=lam, norm=norm, eps=0.3, spare=spare, refreshes=7, target=1e-3, hold=0.2)
     model, solver = layers(pattern, method, pooled=pooled)
     squared = norm == "squared" or (norm is None and pattern != Unstructured())
     W = as_lists(solver.problem.weights)
-    twin = ReweightedTwin(W, [units(pattern)] * 2, 0.5, squared, 0.3, 7, 1e-3, 0.8, lam, pooled)
+    spared = pattern != Unstructured() if spare is None else spare
+    twin = ReweightedTwin(W, [units(pattern)] * 2, 0.5, squared, 0.3, 7, 1e-3, 0.8, lam, pooled, spared)
     factors, noise = set(), torch.Generator().manual_seed(5)
     for update in range(1, 51):
         lr = 0.3 if update % 9 else 3.0
@@ -186,7 +195,7 @@ def assert_same(mine: list[Tensor], theirs: list[list[float]]) -> None:
 @BY_NORM
 def test_no_step_brings_a_weight_beyond_halfway_to_zero(pattern: Pattern, norm: str) -> None:
     """Absurdly large λ and learning rate: an unrounded |w| would throw every weight across zero and far out."""
-    model, solver = layers(pattern, Reweighted(lam=1e6, norm=norm))
+    model, solver = layers(pattern, Reweighted(lam=1e6, norm=norm, spare=False))
     solver.update(clock(0.0, solver, lr=0.7))
     before = [w.clone() for w in solver.problem.weights]
     for p in model.parameters():

@@ -194,6 +194,11 @@ def test_results_of_earlier_versions_stay_valid(tiny, tmp_path):
     path = tmp_path / "cubic" / "tiny" / "slr-seed0" / "result.json"
     path.write_text(json.dumps(older := now | {"method": now["method"].replace("curve='cubic', ", "")}))
     assert run(cubic, "slr", out=tmp_path / "cubic") == older
+    pushed = parse_recipe(TINY, ["methods.pushed.kind=reweighted"])
+    now = run(pushed, "pushed", out=tmp_path / "pushed")
+    path = tmp_path / "pushed" / "tiny" / "pushed-seed0" / "result.json"
+    path.write_text(json.dumps(older := now | {"method": now["method"].replace("spare=None, ", "")}))
+    assert older != now and run(pushed, "pushed", out=tmp_path / "pushed") == older
 
 
 def test_other_starting_weights_are_another_run(tiny, tmp_path):

@@ -45,6 +45,7 @@ class Reweighted(Method):
         eps: ε as a fraction of the mean of R over a layer's units at the start; absolute where `relative` is False.
         relative: whether `eps` is such a fraction.
         norm: "plain" for R = ‖W_g‖, "squared" for R = ‖W_g‖²; None: plain for single weights, squared for groups.
+        spare: push only units outside the asked set of the last refresh; None: for groups.
         refreshes: how often P is taken anew from the weights, besides the start; no more often than there are updates.
         target: what the search for λ aims at: the energy outside the asked set over that inside, when the weights are cut.
         hold: fraction at the end of the run that is trained under the fixed mask, without the penalty.
@@ -58,6 +59,7 @@ class Reweighted(Method):
     eps: float = 0.1
     relative: bool = True
     norm: str | None = None
+    spare: bool | None = None
     refreshes: int = 8
     target: float = 1e-3
     hold: float = 0.5
@@ -74,14 +76,16 @@ class Reweighted(Method):
             raise DualpruneError(f"Reweighted(refreshes) is a whole number of at least 1, got {self.refreshes!r}")
         if not isinstance(self.relative, bool):
             raise DualpruneError(f"Reweighted(relative) is True or False, got {self.relative!r}")
+        if self.spare not in (True, False, None) or not isinstance(self.spare, bool | None):
+            raise DualpruneError(f"Reweighted(spare) is True, False or None, got {self.spare!r}")
         check_fraction("Reweighted(hold)", self.hold)
         if self.hold == 1:
             raise DualpruneError("Reweighted(hold) is a fraction below 1: nothing would be regularised; try 0.3")
 
     @classmethod
     def paper(cls, lam: float | None = None, eps: float = 1e-3, refreshes: int = 4) -> Reweighted:
-        """Return the papers' constants: an absolute ε of 1e-3 to 1e-2 and P refreshed 3 to 5 times."""
-        return cls(lam=lam, eps=eps, relative=False, refreshes=refreshes)
+        """Return the papers' constants: an absolute ε of 1e-3 to 1e-2, every unit pushed, and P refreshed 3 to 5 times."""
+        return cls(lam=lam, eps=eps, relative=False, spare=False, refreshes=refreshes)
 
     @property
     def needs_total_steps(self) -> bool:  # noqa: D102
@@ -133,8 +137,8 @@ class ReweightedSolver(Solver):
         books = {"lam": [method.lam] * len(self.budgets), "most": [None] * len(self.budgets)}
         super().__init__(problem, {"P": P, "keep": keep}, books | {"refreshed": 0, "progress": 0.0, "lr": None})
         self.scalars["eps"] = [self._eps(i, n) for i, n in enumerate(norms)]
-        self._refresh(norms)
         self.scalars["odds"] = [_log_odds(*part) for part in self._split()[0]]
+        self._refresh(norms)
 
     @property
     def penalties(self) -> list[Penalty]:
@@ -200,8 +204,11 @@ class ReweightedSolver(Solver):
         return lam
 
     def _refresh(self, norms: Tensors) -> None:
-        for P, penalty, n in zip(self.tensors["P"], self.penalties, norms, strict=True):
-            P.copy_(penalty.reweigh(n))
+        for P, penalty, n, keep in zip(self.tensors["P"], self.penalties, norms, self.tensors["keep"], strict=True):
+            fresh = penalty.reweigh(n)
+            if grouped(penalty.pattern) if self.method.spare is None else self.method.spare:
+                fresh[unit_norms(keep.to(n.device, n.dtype), penalty.pattern) > 0] = 0
+            P.copy_(fresh)
 
     def _split(self) -> tuple[list[tuple[float, float]], float]:
         """Return ‖W − Π(W)‖² and ‖Π(W)‖² of every budget, and the share of weights whose mask changed."""
