@@ -546,6 +546,7 @@ def test_paper_constants() -> None:
         ({"hold": 30}, r"Reweighted\(hold\) is a fraction of the run in \[0, 1\], got 30"),
         ({"hold": 1.0}, "hold.*below 1"),
         ({"relative": "no"}, "relative.*True or False.*got 'no'"),
+        ({"spare": "no"}, "spare.*True, False or None.*got 'no'"),
     ],
 )
 def test_impossible_options_are_answered_in_words(options: dict[str, Any], message: str) -> None:
