@@ -16,6 +16,7 @@ from dualprune import (
     ADMM,
     NM,
     SLR,
+    Closing,
     DualpruneError,
     Filter,
     Geometric,
@@ -38,7 +39,7 @@ from helpers import TINY_RECIPE, accuracy, same_bits, sgd, snapshot, tiny_net, t
 from test_resume import fresh, identical, resumed, saved
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-JOINT = {"slr": SLR(hold=0.0), "admm": ADMM(rho=Geometric(0.1, 10.0, over=0.8))}
+JOINT = {"slr": SLR(rho=Closing(1.0), hold=0.0), "admm": ADMM(rho=Geometric(0.1, 10.0, over=0.8))}
 
 
 def error(w: Tensor, z: Tensor) -> float:

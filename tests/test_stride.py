@@ -119,7 +119,7 @@ def test_rho_is_what_gradient_descent_would_need() -> None:
 def test_another_optimizer_is_measured_anew_and_manual_updates_count_their_own_steps() -> None:
     model = nn.Linear(16, 16)
     optimizer = Adam(model.parameters(), lr=1e-3)
-    pruner = dualprune.attach(model, optimizer, SLR(ramp=0, hold=0), sparsity=0.5, ignore=(), every=10**6)
+    pruner = dualprune.attach(model, optimizer, SLR(rho=Closing(1.0), ramp=0, hold=0), sparsity=0.5, ignore=(), every=10**6)
 
     def update(optimizer: Optimizer, steps: int) -> float:
         for _ in range(steps):

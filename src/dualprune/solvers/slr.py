@@ -38,7 +38,7 @@ class SLR(DualMethod):
         DualpruneError: a constant is out of its range.
     """
 
-    rho: ConstantOrSchedule = Closing(1.0)
+    rho: ConstantOrSchedule = Closing(4.0)
     s0: float = 0.1
     M: float = 300.0
     r: float = 0.1
