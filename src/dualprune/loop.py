@@ -476,7 +476,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
 def _state_sha256(model: nn.Module) -> str:
     """SHA-256 (hex) of a model's names, shapes and values."""
     seen = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
         seen.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         seen.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return seen.hexdigest()

@@ -76,7 +76,7 @@ class Reweighted(Method):
             raise DualpruneError(f"Reweighted(refreshes) is a whole number of at least 1, got {self.refreshes!r}")
         if not isinstance(self.relative, bool):
             raise DualpruneError(f"Reweighted(relative) is True or False, got {self.relative!r}")
-        if self.spare not in (True, False, None) or not isinstance(self.spare, bool | None):
+        if not isinstance(self.spare, bool | None):
             raise DualpruneError(f"Reweighted(spare) is True, False or None, got {self.spare!r}")
         check_fraction("Reweighted(hold)", self.hold)
         if self.hold == 1:
