@@ -194,10 +194,11 @@ def test_results_of_earlier_versions_stay_valid(tiny, tmp_path):
     path = tmp_path / "cubic" / "tiny" / "slr-seed0" / "result.json"
     path.write_text(json.dumps(older := now | {"method": now["method"].replace("curve='cubic', ", "")}))
     assert run(cubic, "slr", out=tmp_path / "cubic") == older
-    pushed = parse_recipe(TINY, ["methods.pushed.kind=reweighted"])
+    # before there was a choice, reweighting pushed everything
+    pushed = parse_recipe(TINY, ["methods.pushed={kind='reweighted', spare=false}"])
     now = run(pushed, "pushed", out=tmp_path / "pushed")
     path = tmp_path / "pushed" / "tiny" / "pushed-seed0" / "result.json"
-    path.write_text(json.dumps(older := now | {"method": now["method"].replace("spare=None, ", "")}))
+    path.write_text(json.dumps(older := now | {"method": now["method"].replace("spare=False, ", "")}))
     assert older != now and run(pushed, "pushed", out=tmp_path / "pushed") == older
 
 
@@ -375,7 +376,7 @@ import os, random, signal, sys, time
 import torch
 import sklearn.datasets, dualprune.plots, dualprune.report
 import dualprune.train as train
-from dualprune.progress import Lines, Silent
+from dualprune.progress import Silent
 from dualprune.recipe import load_recipe
 
 torch.set_num_threads(1)

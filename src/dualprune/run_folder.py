@@ -85,7 +85,7 @@ def _alike(one: str, other: str) -> bool:
 
     def older(text: str) -> str:
         curve = r", curve='\w+'" if "ramp=0.0" in text else ", curve='cubic'"  # without a ramp no curve is followed
-        return re.sub(curve + "|spare=(None|False), ", "", text.replace("pull='everywhere', ", ""))
+        return re.sub(curve + "|spare=False, ", "", text.replace("pull='everywhere', ", ""))
 
     return older(one) == older(other)
 
