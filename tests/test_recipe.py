@@ -157,6 +157,9 @@ lr = 0.2
 [methods.close]
 kind = "admm"
 rho = { closing = 2.0 }
+[methods.slow]
+kind = "slr"
+rho = { closing = 2.0, filters = 3.0 }
 """
     )
     recipe = parse_recipe(text)
@@ -166,6 +169,7 @@ rho = { closing = 2.0 }
     assert recipe.method("paper").build() == SLR.paper(s0=0.02)
     assert recipe.method("admm").build() == ADMM(rho=Geometric(0.01, 2.0))
     assert recipe.method("close").build() == ADMM(rho=Closing(2.0))
+    assert recipe.method("slow").build() == SLR(rho=Closing(2.0, filters=3.0))
     assert recipe.method("free").build() == SLR(rho=0.3, cap=None)
     assert (recipe.lr("gradual"), recipe.lr("slr")) == (0.2, 0.05)
     assert recipe.with_lr("slr", 0.3).lr("slr") == 0.3 and recipe.lr("slr") == 0.05

@@ -116,6 +116,34 @@ def test_rho_is_what_gradient_descent_would_need() -> None:
     assert Closing(4.0).share(50) == pytest.approx(1 - math.exp(-4 / 50))
 
 
+@pytest.mark.parametrize(("closing", "left"), [(Closing(4.0), 0.0), (Closing(4.0, filters=2.0), math.exp(-2))])
+def test_whole_filters_go_at_once_unless_told_otherwise(closing: Closing, left: float) -> None:
+    """Two layers of which one loses filters: a period after the first update, with no loss at all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    before = [layer.weight.detach().clone() for layer in model]
+    optimizer = SGD(model.parameters(), lr=0.1)
+    method = SLR(rho=closing, ramp=0, hold=0, s0=1e-30)
+    patterns = {"0.weight": (dualprune.Filter(), 0.5), "1.weight": 0.5}
+    pruner = dualprune.attach(model, optimizer, method, patterns=patterns, ignore=(), every=EVERY, total_steps=10 * EVERY)
+    for step in range(2 * EVERY):
+        for weight in model.parameters():
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        if step == EVERY and closing.filters == math.inf:
+            assert torch.equal(pruner.masks["0.weight"].any(1), model[0].weight.detach().abs().amax(1) > 1e-6)
+    for layer, was, expected in zip(model, before, (left, math.exp(-4)), strict=True):
+        mask = pruner.masks[f"{0 if layer is model[0] else 1}.weight"]
+        torch.testing.assert_close(layer.weight.detach()[mask], was[mask])
+        torch.testing.assert_close(layer.weight.detach()[~mask], expected * was[~mask], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan])
+def test_filters_close_by_a_positive_number(wrong: float) -> None:
+    with pytest.raises(DualpruneError, match=r"Closing\(filters\) expects a positive finite number or infinity, got"):
+        Closing(filters=wrong)
+
+
 def test_another_optimizer_is_measured_anew_and_manual_updates_count_their_own_steps() -> None:
     model = nn.Linear(16, 16)
     optimizer = Adam(model.parameters(), lr=1e-3)

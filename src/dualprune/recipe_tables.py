@@ -409,15 +409,15 @@ def _check_sparsity(value: float) -> float:
 
 
 def _field(key: str, value: Any) -> Any:
-    """``{closing}`` → `Closing`, ``{start, end, over}`` → `Geometric`; "none" → None, which TOML cannot say."""
+    """``{closing, filters}`` → `Closing`, ``{start, end, over}`` → `Geometric`; "none" → None, which TOML cannot say."""
     if value == "none":
         return None
     if not isinstance(value, Mapping):
         return value
     from dualprune.schedules import Closing, Geometric
 
-    if value.keys() == {"closing"}:
-        return Closing(value["closing"])
+    if "closing" in value and value.keys() <= {"closing", "filters"}:
+        return Closing(value["closing"], **{key: value[key] for key in value if key == "filters"})
     known = [one.name for one in fields(Geometric)]
     for name in value:
         if name not in known:

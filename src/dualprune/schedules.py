@@ -48,20 +48,29 @@ class Closing:
     ρ is what would do as much through the gradient of plain descent: times/(gain · η · n), where a step moves a weight by η
     times its gradient and momentum makes gain = 1/(1 − momentum) steps of one. A learning rate below a tenth of the highest
     so far counts as that tenth. Source: docs/theory.md.
+
+    Args:
+        times: the exponent.
+        filters: the same for whole filters (`Filter`) under ``pull="outside"``; infinity: all of the gap at the first step.
+            A norm behind the layer divides a filter's scale out, so that it does as much as ever while it gets smaller, and
+            all of that is missing at the cut.
     """
 
     times: float = 1.0
+    filters: float = math.inf
 
     def __post_init__(self) -> None:
         check_positive("Closing(times)", self.times)
+        if self.filters != math.inf:
+            check_positive("Closing(filters)", self.filters, " or infinity")
 
     def penalty(self, eta: float, fastest: float, steps: float) -> float:
         """Return ρ at η, the largest η so far, and how many steps' worth of a steady pull there is between two updates."""
         return self.times / (steps * max(eta, fastest / 10, 1e-12))
 
-    def share(self, steps: int) -> float:
+    def share(self, steps: int, of_filters: bool = False) -> float:
         """Return κ, how much of the gap one step closes, at so many steps between updates."""
-        return -math.expm1(-self.times / steps)
+        return -math.expm1(-(self.filters if of_filters else self.times) / steps)
 
 
 Schedule = Constant | Geometric | Closing

@@ -15,6 +15,7 @@ from torch import Tensor
 from dualprune.distributed import empty_like, local
 from dualprune.errors import DualpruneError, suggest
 from dualprune.kernels import add_penalty_
+from dualprune.patterns import Filter
 from dualprune.problem import Asked, Problem, Target
 from dualprune.schedules import Closing, Geometric, Schedule, as_schedule, check_curve, check_fraction, ramped
 from dualprune.solvers.vector import Kept, Scratch, Shifted, chunks, follow_, pull_, pull_outside_
@@ -159,7 +160,7 @@ class DualSolver(Solver):
         lam = [store.like(w).zero_() for w in W]
         super().__init__(problem, {"Z": Z, "lam": lam}, {"rho": rho, **scalars})
         self._room = Scratch()
-        self._by: tuple[float, Tensor] | None = None  # −κ/ρ as a number and on the device
+        self._by: dict[float, Tensor] = {}  # −κ/ρ on the device
 
     def penalty_(self, grad_scale: Tensor | None) -> None:
         """W.grad += Λ + ρ(W − Z), the penalty's gradient (eq. 5); where Z follows W, only outside Z's support."""
@@ -168,11 +169,20 @@ class DualSolver(Solver):
 
     def pull_(self) -> None:
         """W −= κ/ρ · (Λ + ρ(W − Z)): the same direction, in a step of its own; nothing before the first update."""
-        if share := self.scalars.get("share"):
-            by = -share / self.scalars["rho"]
-            if self._by is None or self._by[0] != by:
-                self._by = by, torch.tensor(by, device=self.problem.weights[0].device)
-            self._add([t.weight.detach() if t.weight.requires_grad else None for t in self.problem.targets], self._by[1])
+        for shared, filters in (("share", False), ("share_of_filters", True)):
+            moving = [t.weight.requires_grad and self._closes_as_filters(t) is filters for t in self.problem.targets]
+            if (share := self.scalars.get(shared)) and any(moving):
+                weights = [w.detach() if moves else None for w, moves in zip(self.problem.weights, moving, strict=True)]
+                self._add(weights, self._factor(-share / self.scalars["rho"]))
+
+    def _closes_as_filters(self, target: Target) -> bool:
+        return self._follows(target) and isinstance(target.pattern, Filter)
+
+    def _factor(self, by: float) -> Tensor:
+        """Return the number on the weights' device, where it stays until the next update."""
+        if by not in self._by:
+            self._by[by] = torch.tensor(by, device=self.problem.weights[0].device)
+        return self._by[by]
 
     def _add(self, to: Sequence[Tensor | None], scale: Tensor | None) -> None:
         """Add scale · (Λ + ρ(W − Z)) in place, for every target to what `to` has for it."""
@@ -201,7 +211,8 @@ class DualSolver(Solver):
         books["noise"] = books.get("noise") or clock.stride.noise()
         eta = clock.stride.length(books["noise"])
         books["fastest"] = max(eta, books.get("fastest", 0.0))
-        books["share"] = schedule.share(clock.steps)
+        self._by.clear()
+        books |= {"share": schedule.share(clock.steps), "share_of_filters": schedule.share(clock.steps, of_filters=True)}
         return schedule.penalty(eta, books["fastest"], clock.steps * clock.stride.gain)
 
     def catch_up(self, rho: float) -> None:
