@@ -23,6 +23,7 @@ from dualprune import (
     DualpruneError,
     Filter,
     Kernel,
+    KernelPattern,
     Magnitude,
     Reweighted,
     Unstructured,
@@ -141,6 +142,20 @@ def test_a_weight_of_zeros_gets_no_gradient(norm: str) -> None:
             solver.penalty_(None)
         assert torch.equal(model[0].weight.grad, own[0])
         assert ReweightedSolver(solver.problem, solver.method, Store()).scalars["eps"][0] == 0.1, "zeros have no scale"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "spares"), [(Unstructured(), False), (Filter(), True), (NM(2, 3), True), (KernelPattern(), True)], ids=str
+)
+def test_only_freely_chosen_weights_are_all_pushed(pattern: Pattern, spares: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(6, 4, 3)
+    solver = Reweighted(lam=0.3).start(build_problem(model, patterns={"*": pattern}, sparsity=0.75, ignore=()), Store())
+    model.weight.grad = torch.zeros_like(model.weight)
+    solver.penalty_(None)
+    (kept,) = solver.problem.masks(solver.problem.weights)
+    assert (model.weight.grad[~kept] != 0).all()
+    assert (model.weight.grad[kept] == 0).all() if spares else (model.weight.grad[kept] != 0).all()
 
 
 @pytest.mark.parametrize(

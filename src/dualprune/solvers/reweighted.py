@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dualprune.errors import DualpruneError, suggest
-from dualprune.patterns import Pattern
+from dualprune.patterns import Pattern, Unstructured
 from dualprune.problem import Problem
 from dualprune.schedules import check_fraction, check_positive
 from dualprune.solvers.base import Clock, Method, Row, Solver, Store, dense_gradient
@@ -45,7 +45,7 @@ class Reweighted(Method):
         eps: ε as a fraction of the mean of R over a layer's units at the start; absolute where `relative` is False.
         relative: whether `eps` is such a fraction.
         norm: "plain" for R = ‖W_g‖, "squared" for R = ‖W_g‖²; None: plain for single weights, squared for groups.
-        spare: push only units outside the asked set of the last refresh; None: for groups.
+        spare: push only units outside the asked set of the last refresh; None: for all patterns but `Unstructured`.
         refreshes: how often P is taken anew from the weights, besides the start; no more often than there are updates.
         target: what the search for λ aims at: the energy outside the asked set over that inside, when the weights are cut.
         hold: fraction at the end of the run that is trained under the fixed mask, without the penalty.
@@ -206,7 +206,8 @@ class ReweightedSolver(Solver):
     def _refresh(self, norms: Tensors) -> None:
         for P, penalty, n, keep in zip(self.tensors["P"], self.penalties, norms, self.tensors["keep"], strict=True):
             fresh = penalty.reweigh(n)
-            if grouped(penalty.pattern) if self.method.spare is None else self.method.spare:
+            spares = penalty.pattern != Unstructured() if self.method.spare is None else self.method.spare
+            if spares:
                 fresh[unit_norms(keep.to(n.device, n.dtype), penalty.pattern) > 0] = 0
             P.copy_(fresh)
 
