@@ -417,7 +417,7 @@ def _field(key: str, value: Any) -> Any:
     from dualprune.schedules import Closing, Geometric
 
     if "closing" in value and value.keys() <= {"closing", "filters"}:
-        return Closing(value["closing"], **{key: value[key] for key in value if key == "filters"})
+        return Closing(value["closing"], value.get("filters", Closing.filters))
     known = [one.name for one in fields(Geometric)]
     for name in value:
         if name not in known:

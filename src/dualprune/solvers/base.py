@@ -168,7 +168,10 @@ class DualSolver(Solver):
             self._add([dense_gradient(t) for t in self.problem.targets], grad_scale)
 
     def pull_(self) -> None:
-        """W −= κ/ρ · (Λ + ρ(W − Z)): the same direction, in a step of its own; nothing before the first update."""
+        """W −= κ/ρ · (Λ + ρ(W − Z)): the same direction, in a step of its own; nothing before the first update.
+
+        Whole filters have a κ of their own (`Closing`).
+        """
         for shared, filters in (("share", False), ("share_of_filters", True)):
             moving = [t.weight.requires_grad and self._closes_as_filters(t) is filters for t in self.problem.targets]
             if (share := self.scalars.get(shared)) and any(moving):
