@@ -29,6 +29,21 @@ updates_per_epoch = 3
 trials = [{ lr = 1e-4 }, { lr = 0.1 }]
 """
 
+ROW = {
+    "mean": 80.0,
+    "std": 0.5,
+    "retrained": 90.0,
+    "retrained_std": None,
+    "n": 3,
+    "rate": 5.0,
+    "lr": 0.1,
+    "seconds_mean": 90.0,
+    "dense": 95.0,
+    "peak_memory_mb": 512.4,
+    "metric": "top-1 %",
+    "choice": None,
+}
+
 
 @pytest.fixture(scope="module")
 def arena():
@@ -60,6 +75,26 @@ def test_every_cell_tunes_all_alike_and_retrains(path):
     assert phases >= 2, "an AC/DC phase must see two updates or more"
 
 
+def test_a_small_twin_differs_in_its_images_alone(arena, empty):
+    full, small = arena.load_cell("resnet20-50x-5e"), arena.load_cell("resnet20-50x-5e-small")
+    assert small.name == "resnet20-50x-5e-small" and small.data.options == {"subset": 10_000}
+    assert small.description.endswith("5 epochs, of 10,000 training images")
+    assert small.methods == full.methods and small.prune == full.prune and small.training.epochs == full.training.epochs
+    assert not any("-small" in name for name in arena.names())
+
+    arena.write_json(empty / "results/arena/resnet20-50x-5e-small.json", {"cell": small.name, "rows": [ROW | {"label": "slr"}]})
+    arena.write_page(empty)
+    text = (empty / "docs/arena.md").read_text()
+    assert text.index("### resnet20-50x-5e\n") < text.index("### resnet20-50x-5e-small\n"), "a twin stands behind its cell"
+    assert text.count("-small\n") == 1, "twins that are not run are not shown"
+
+
+@pytest.mark.parametrize("name", ["chargpt-2of4-small", "resnet20-5x"])
+def test_a_cell_that_is_not_there_is_refused(arena, name):
+    with pytest.raises(SystemExit, match=r"no small twin: cells of cifar10|no cell 'resnet20-5x'; there are chargpt-2of4"):
+        arena.load_cell(name)
+
+
 def test_the_page_says_what_is_best_and_what_is_not_run_yet(arena, empty):
     arena.write_page(empty)
     text = (empty / "docs/arena.md").read_text()
@@ -67,19 +102,8 @@ def test_the_page_says_what_is_best_and_what_is_not_run_yet(arena, empty):
     assert text.count(": not run yet.") == len(CELLS) and "old" not in text
 
     recipe = parse_recipe(SMALL)
-    row = {
-        "std": 0.5,
-        "retrained": 90.0,
-        "retrained_std": None,
-        "n": 3,
-        "rate": 5.0,
-        "lr": 0.1,
-        "seconds_mean": 90.0,
-        "dense": 95.0,
-    }
-    row |= {"peak_memory_mb": 512.4, "metric": "top-1 %", "choice": None}
     rho = {"lr": 0.1, "rho": {"start": 0.1, "end": 1.0}}
-    rows = [row | {"label": "oneshot", "mean": 50.0}, row | {"label": "gradual", "mean": 80.0, "choice": {"settings": rho}}]
+    rows = [ROW | {"label": "oneshot", "mean": 50.0}, ROW | {"label": "gradual", "choice": {"settings": rho}}]
     lines = arena.section(recipe, rows).splitlines()
     assert "| oneshot | 50.00 ± 0.50 | **90.00** | 3 | 5.0× | 0.1 | 1.5 | 512 | – |" in lines
     assert "| gradual | **80.00 ± 0.50** | **90.00** | 3 | 5.0× | 0.1 | 1.5 | 512 | rho 0.1→1 |" in lines
