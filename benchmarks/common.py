@@ -19,13 +19,15 @@ from dualprune.files import write_json
 Seconds = dict[str, list[float]]
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Parse --json and --quick, and what every benchmark has beside them."""
+def arguments(description: str, **files: str) -> argparse.Namespace:
+    """Parse --json and --quick, what every benchmark has beside them, and the `files` that one takes (name: help)."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: shows that it works, not how fast")
     parser.add_argument("--device", default="cpu", help="torch device (cpu)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (torch's default)")
+    for name, text in files.items():
+        parser.add_argument(f"--{name}", type=Path, help=text)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     return args

@@ -1,9 +1,11 @@
 """What removing filters physically gives, on ResNet-56 with half of its free filters zero, beside zeros left in place.
 
     python benchmarks/shrink.py --json shrink.json
+    python benchmarks/shrink.py --filters pruned.safetensors --unstructured other.safetensors
 
-Free are the inner filters of the blocks: the zero-padded shortcuts fix all other widths. The unstructured twin has as many
-weights left as the shrunk model. All are timed in turn, round by round, in one process; accuracy plays no part here.
+Free are the inner filters of the blocks: the zero-padded shortcuts fix all other widths. Without files the weights are random,
+and the unstructured twin has as many left as the shrunk model; with files they are those of real runs, whose accuracies
+`dualprune evaluate` gives. All are timed in turn, round by round, in one process.
 """
 
 from __future__ import annotations
@@ -26,17 +28,27 @@ BATCHES = (1, 128)
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0])
+    files = {
+        "filters": "sparse file of a ResNet-56 with inner filters that are zero; random weights without it",
+        "unstructured": "sparse file of one with zeros at other places; random weights without it",
+    }
+    args = arguments(__doc__.splitlines()[0], **files)
     torch.manual_seed(0)
     depth, side, batches = ("resnet20", 8, (1, 4)) if args.quick else ("resnet56", 32, BATCHES)
     dense = build_model(depth).to(args.device).eval()
     example = torch.randn(1, 3, side, side, device=args.device)
     filters = copy.deepcopy(dense)
-    prune(filters, {"*.conv1.weight": (dualprune.Filter(), 0.5)})
+    if args.filters:
+        filters.load_state_dict(dualprune.load_sparse(args.filters))
+    else:
+        prune(filters, {"*.conv1.weight": (dualprune.Filter(), 0.5)})
     dualprune.silence(filters, example)
     shrunk = dualprune.shrink(filters, example)
     unstructured = copy.deepcopy(dense)
-    prune(unstructured, {"*": (dualprune.Unstructured(), 1 - nonzero(shrunk) / nonzero(dense))})
+    if args.unstructured:
+        unstructured.load_state_dict(dualprune.load_sparse(args.unstructured))
+    else:
+        prune(unstructured, {"*": (dualprune.Unstructured(), 1 - nonzero(shrunk) / nonzero(dense))})
     models = {"dense": dense, "filters zero, in place": filters, "filters removed": shrunk, "unstructured zeros": unstructured}
 
     rows: dict[str, dict[str, Any]] = {name: facts(model, example) for name, model in models.items()}
@@ -52,7 +64,9 @@ def main() -> None:
     with torch.inference_mode():
         outputs = filters(example)
         error = float((shrunk(example) - outputs).abs().max() / outputs.abs().max())
-    report(args, "shrink", {"model": depth, "side": side, "models": rows, "largest_difference_over_largest_output": error})
+    figures = {"model": depth, "side": side, "models": rows, "largest_difference_over_largest_output": error}
+    weights = {name: path.name if (path := getattr(args, name)) else "random" for name in files}
+    report(args, "shrink", {**figures, "weights": weights})
 
 
 def prune(model: nn.Module, rule: Any) -> None:

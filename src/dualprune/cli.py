@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dualprune.recipe import Recipe
 
 app = typer.Typer(
-    help="Make trained PyTorch models many times smaller: SLR, ADMM and magnitude pruning.",
+    help="Make trained PyTorch models many times smaller: SLR, ADMM, reweighting and magnitude pruning.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
