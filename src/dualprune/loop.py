@@ -6,6 +6,7 @@ changes is in one checkpoint that is either whole or not there.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import signal
@@ -76,6 +77,7 @@ def train_dense(job: Job, model: nn.Module) -> None:
     assert dense is not None
     settings = recipe.model_dump(mode="json", include={"task", "model", "data", "dense", "seed"})
     shared = {"precision", "channels_last", "compile", "adversarial"}  # what [dense] takes from [training]
+    shared |= {"keep"} if recipe.training.keep != "last" else set()  # younger than many a dense model
     settings |= {"training": recipe.training.model_dump(mode="json", include=shared), "split": job.task.split}
     settings["data"].pop("root")
     if recipe.model.weights is not None:
@@ -94,6 +96,7 @@ def train_dense(job: Job, model: nn.Module) -> None:
         loop = Loop(job, dense, dense.lr, dense.epochs, model, optimizer, recipe.seed, place, identity)
         loop.load()
         loop.fit()
+        loop.back_to_best()
         if job.ranks.first:
             with saving(place), atomic_write(saved) as temporary:
                 save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
@@ -130,6 +133,8 @@ class Loop:
     epoch_seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics, dense, cut and retrained
+    best: dict[str, Any] | None = None  # the stage's best epoch so far, where the recipe keeps that in place of the last
+    chosen: dict[str, int] = field(default_factory=dict)  # by stage, the epoch that was gone back to
     _pending: list[Tensor] = field(default_factory=list)
     _losses_read: int = 0
     _logged: int = 0
@@ -171,7 +176,21 @@ class Loop:
     def begin(self, stage: str, epochs: int, peak: float) -> None:
         """Start another stage on the same model, optimizer and masks."""
         self.stage, self.epochs, self.peak, self.epoch, self.step, self.loss_sum = stage, epochs, peak, 0, 0, 0.0
+        self.best = None
         self.save()
+
+    def back_to_best(self) -> None:
+        """Go back to the best epoch of the stage, where the recipe keeps that in place of the last."""
+        if self.best is None:
+            return
+        self.model.load_state_dict(self.best["model"])
+        self.optimizer.load_state_dict(self.best["optimizer"])
+        if self.pruner is not None:
+            history = self.pruner.history
+            self.pruner.load_state_dict(self.best["pruner"])
+            self.pruner.history = history  # what was is not undone
+        self.chosen[self.stage] = epoch = self.best["epoch"]
+        self.job.progress.note(f"{self.title}: epoch {epoch} is kept, {self.best['score']:.2f} % on what was held out for it")
 
     @contextmanager
     def diverging(self) -> Iterator[None]:
@@ -276,17 +295,20 @@ class Loop:
         self._wait()
         every = self.job.recipe.training.measure_every
         due = (self.epoch + 1) % every == 0 or self.epoch + 1 == self.epochs
-        cut = self._measure_cut() if due and self.pruner is not None else None
+        accuracy, cut, score = self._measured() if due else (None, None, None)
         row = {
             "epoch": len(self.rows) + 1,
             "step": (self.rows[-1]["step"] if self.rows else 0) + self.step,
             "stage": self.stage,
             "loss": self.job.ranks.mean(self.loss_sum) / max(1, self.step),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "accuracy": self.measure() if due and self.pruner is None else None,
+            "accuracy": accuracy,
             "accuracy_cut": cut,
             "seconds": round(self.epoch_seconds, 2),
         }
+        if score is not None:
+            row["held_out"] = score
+            self._keep_best(score, row["epoch"])
         self.rows.append(row)
         self.seconds += self.epoch_seconds
         self.epoch, self.step, self.loss_sum, self.epoch_seconds, self._losses_read = self.epoch + 1, 0, 0.0, 0.0, 0
@@ -296,12 +318,32 @@ class Loop:
                 self.write_rows()
         self.job.progress.epoch(row)
 
-    def _measure_cut(self) -> float:
+    def _measured(self) -> tuple[float | None, float | None, float | None]:
+        """Return the accuracy as it is, or as it would be cut; and what the best epoch is chosen by, if it is.
+
+        With split "test" the accuracies are for plots only: no choice is made from them.
+        """
+        if self.pruner is None:
+            return self.measure(), None, self._score()
         if self.stage == "retrain":
-            return self.measure()
-        # With split "test" this curve is for plots only: no choice is made from it, the last epoch is the result.
+            return None, self.measure(), self._score()
         with self.job.task.autocast(), self.pruner.evaluate(calibrate=self.calibration()):
-            return self.measure()
+            return None, self.measure(), self._score()
+
+    def _score(self) -> float | None:
+        if self.job.recipe.training.keep == "last":
+            return None
+        with self.job.task.autocast():
+            return self.job.task.score(self.model)
+
+    def _keep_best(self, score: float, epoch: int) -> None:
+        """Keep all of this epoch if none was better; once masks are fixed, epochs before that are none to go back to."""
+        fixed = self.pruner is not None and self.pruner.holding
+        if self.best is not None and self.best["fixed"] == fixed and self.best["score"] > score:
+            return
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"pruner": self.pruner.state_dict()} if self.pruner is not None else {}
+        self.best = {"score": score, "epoch": epoch, "fixed": fixed, **copy.deepcopy(state)}
 
     def _stop(self) -> None:
         self.save()
@@ -398,7 +440,7 @@ class Loop:
             self.pruner.load_state_dict(state["pruner"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name in _MOVING:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # `best` and `chosen` are younger than the format
         self._losses_read = self.step
         if self.pruner is not None and self.rows:
             self._logged = sum(update["step"] <= self.rows[-1]["step"] for update in self.pruner.history)
@@ -410,7 +452,10 @@ class Loop:
 
 
 STEPS_BETWEEN_QUESTIONS = 20
-_MOVING = ("stage", "peak", "epochs", "epoch", "step", "loss_sum", "seconds", "epoch_seconds", "rows", "notes")
+_MOVING = (
+    *("stage", "peak", "epochs", "epoch", "step", "loss_sum", "seconds", "epoch_seconds", "rows", "notes"),
+    *("best", "chosen"),
+)
 
 
 def share_of(saved: list[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:

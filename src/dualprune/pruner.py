@@ -188,7 +188,7 @@ class Pruner:
             NonFiniteError: the loss or a weight is NaN or infinite; nothing was changed.
             DualpruneError: replicas are compared, and one differs.
         """
-        if self.finished or self._holding:
+        if self.holding:
             raise DualpruneError("the masks are fixed: there is nothing to update after finish() or during the hold")
         if self._evaluating:
             raise DualpruneError("update() inside evaluate(): the weights there are cut copies, leave the context first")
@@ -213,14 +213,14 @@ class Pruner:
         self._require_few_zeros()
         if not self.step_count:
             self._require_own_weights()
-        if self.solver.penalises and not self.finished and not self._holding:
+        if self.solver.penalises and not self.holding:
             with torch.no_grad():
                 self.solver.penalty_(getattr(optimizer, "grad_scale", None))
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.step_count += 1
-        if self.solver.decoupled and not self.finished and not self._holding:
+        if self.solver.decoupled and not self.holding:
             self.solver.pull_()
         if self.problem.importance is not None:
             self.problem.importance.check()
@@ -228,7 +228,7 @@ class Pruner:
         if drops is not None:
             cut_(self.problem.weights, drops)
         self._return_to_grid()
-        if self.finished or self._holding:
+        if self.holding:
             return
         if self.progress >= self.method.hold_from:
             self._hold()
@@ -236,8 +236,9 @@ class Pruner:
             self.update()
 
     @property
-    def _holding(self) -> bool:
-        return self._drops is not None and not self.solver.masks_weights
+    def holding(self) -> bool:
+        """Whether the masks are fixed and held: in the last part of the run, or after `finish`."""
+        return self._drops is not None and (self.finished or not self.solver.masks_weights)
 
     def _hold(self) -> None:
         self._require_finite_weights()
@@ -458,7 +459,7 @@ class Pruner:
         fixed = {"held", "grid"} if quantised else {"held"}
         if kinds not in (fixed, running := set(self.solver.tensors)):
             raise DualpruneError(f"expected a state with {sorted(running)} or {sorted(fixed)}, got {sorted(kinds)}")
-        if kinds == running and (self.finished or self._holding):
+        if kinds == running and self.holding:
             raise DualpruneError("this pruner is finished or holding; attach anew to go back to an earlier state")
         loaded = {
             kind: [self._fitting(state, kind, i) for i, t in enumerate(self.problem.targets) if kind != "grid" or t.bits]
@@ -532,7 +533,7 @@ class Pruner:
     def _final(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the weights a cut now would give, where they are kept, and what it would drop; nothing is changed."""
         weights = self.problem.weights
-        fixed = self.finished or self._holding or (self.solver.fixed_size and not self._quantised)
+        fixed = self.holding or (self.solver.fixed_size and not self._quantised)
         if self._drops is not None and fixed:
             on_grid = [t.name in self._grids for t in self.problem.targets]
             return weights, [d | (w == 0) if q else d for d, w, q in zip(self._drops, weights, on_grid, strict=True)]

@@ -165,6 +165,8 @@ class Recipe(Table):
                 del home[key]
         if prune["importance"] == "magnitude":
             del prune["importance"]
+        if training["keep"] == "last":
+            del training["keep"]
         return table
 
     def _deciding_of(self, label: str) -> dict[str, Any]:
@@ -239,6 +241,9 @@ def parse_recipe(text: str, overrides: Iterable[str] = (), source: Path | None =
     built_at(f"{where}: [prune.patterns]", recipe.patterns)
     if recipe.training.distill and recipe.task != "classification":
         said = f"[training.distill] is for task = 'classification', not for {recipe.task!r}; leave it out"
+        raise DualpruneError(f"{where}: {said}")
+    if recipe.training.keep == "best" and recipe.task != "classification":
+        said = f"[training] keep = 'best' is for task = 'classification', not for {recipe.task!r}; leave it out"
         raise DualpruneError(f"{where}: {said}")
     built_at(f"{where}: [{'robust' if recipe.robust else 'training.adversarial'}]", recipe.attacks)
     return recipe

@@ -235,6 +235,7 @@ class TrainingTable(OptimizerTable):
     compile: bool = False
     checkpoint_minutes: Positive = 5.0
     measure_every: Count = 1
+    keep: Literal["last", "best"] = "last"
     adversarial: AdversarialTable | None = None
     distill: DistillTable | None = None
 

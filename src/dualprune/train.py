@@ -194,6 +194,7 @@ def _run(job: Job, tensorboard: bool) -> dict[str, Any]:
                 job.progress.note("the starting weights may know the held-out samples: scores for choosing settings only")
         if loop.stage == "train":
             loop.fit()
+            loop.back_to_best()
             with loop.diverging():
                 pruner.finish(calibrate=loop.calibration())
                 loop.report("cut")
@@ -201,6 +202,7 @@ def _run(job: Job, tensorboard: bool) -> dict[str, Any]:
                 loop.begin("retrain", recipe.prune.retrain_epochs, recipe.prune.retrain_lr or loop.peak / 10)
         if loop.stage == "retrain":
             loop.fit()
+            loop.back_to_best()
             with loop.diverging():
                 loop.report("retrained")
         result: dict[str, Any] = {}
@@ -251,6 +253,7 @@ def _write_results(job: Job, loop: Loop, spe: int, before: dict[str, Tensor]) ->
         "rate_model": everything / max(1, kept_everything),
         "budget": recipe.prune.budget,
         "epochs": epochs,
+        **({"chosen_epochs": loop.chosen} if recipe.training.keep == "best" else {}),
         "retrain_epochs": recipe.prune.retrain_epochs,
         "steps": epochs * spe,
         "updates": len(pruner.history),

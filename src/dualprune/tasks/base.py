@@ -85,6 +85,10 @@ class Task(ABC):
         """Return figures too dear for every epoch, in %: measured once on the dense and once on the finished model."""
         return {}
 
+    def score(self, model: nn.Module) -> float:
+        """Return what the best epoch is chosen by, in %, on samples that are neither trained on nor measured on."""
+        raise NotImplementedError(f"{type(self).__name__} holds out no samples to choose an epoch by")
+
     def pictures(self, model: nn.Module) -> list[tuple[str, np.ndarray]]:
         """Return (title, uint8 image of shape (height, width, 3)) pairs of what the model predicts; the report shows them."""
         return []

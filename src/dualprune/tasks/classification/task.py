@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,13 @@ class Classification(Task):
         on_gpu = self.device.type == "cuda" and isinstance(data, images.ArrayDataset)
         return data.to(self.device) if on_gpu else data
 
+    @cached_property
+    def trained(self) -> Any:
+        """The data as they are trained on; a part is held out once more, as its test part, where it chooses the epoch."""
+        if self.recipe.training.keep == "last":
+            return self.data
+        return images.split_validation(self.data, self.recipe.data.validation, seed=self.recipe.seed)
+
     def data_sha256(self) -> str:
         """Return a hash of the whole data; images that would have to be decoded first go by their files."""
         if "data" not in self.__dict__ and (listed := images.trees_sha256(self.recipe.data.name, self.recipe.data.root)):
@@ -66,12 +74,12 @@ class Classification(Task):
         return model
 
     def steps_per_epoch(self, batch_size: int) -> int:  # noqa: D102
-        return images.steps_per_epoch(self.data, batch_size)
+        return images.steps_per_epoch(self.trained, batch_size)
 
     def train_batches(self, *, batch_size: int, seed: int, epoch: int, start_step: int = 0) -> Iterator[Batch]:  # noqa: D102
         settings: dict[str, Any] = {"device": self.device, "memory_format": self.memory_format}
         order: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "epoch": epoch, "start_step": start_step}
-        return images.train_batches(self.data, augment=self.recipe.data.augment, **order, **settings)
+        return images.train_batches(self.trained, augment=self.recipe.data.augment, **order, **settings)
 
     def loss(self, forward: Callable[..., Any], batch: Batch, settings: OptimizerTable) -> Tensor:  # noqa: D102
         x, y = batch
@@ -100,6 +108,14 @@ class Classification(Task):
         batches = images.eval_batches(self.data, device=self.device, memory_format=self.memory_format)
         return {f"top-{k}": value for k, value in accuracies(model, batches, topk=topk).items()}
 
+    def score(self, model: nn.Module) -> float:
+        """Return the top-1 accuracy on `trained`'s held-out part; under the training's attack where there is one."""
+        batches = images.eval_batches(self.trained, device=self.device, memory_format=self.memory_format)
+        if (table := self.recipe.training.adversarial) is None:
+            return accuracies(model, batches)[1]
+        attack = build_attack(replace(table.spec, crafting="eval"))
+        return robustness(model, batches, {"training": attack}, self._pixels, seed=self.recipe.seed)["training"]
+
     def final_metrics(self, model: nn.Module) -> dict[str, float]:
         """Return the accuracies under the attacks of ``[robust]``, in float32, on images drawn once for all models."""
         table = self.recipe.robust
@@ -121,7 +137,7 @@ class Classification(Task):
         return Pixels(tuple(self.data.mean), tuple(self.data.std))
 
     def calibration(self, samples: int) -> Iterator[Any]:  # noqa: D102
-        return images.calibration_batches(self.data, samples, device=self.device, memory_format=self.memory_format)
+        return images.calibration_batches(self.trained, samples, device=self.device, memory_format=self.memory_format)
 
     def _check_fit(self, model: nn.Module) -> None:
         """Refuse a model that cannot take the data's images or has no score for some of their classes."""
