@@ -381,6 +381,27 @@ def test_a_held_weight_follows_the_steps_from_level_to_level():
     assert w.tolist() == [0, 1, -2, 0]
 
 
+@pytest.mark.parametrize(
+    ("method", "on_grid"), [(SLR(), False), (SLR(hold=0.0), True), (SLR(pull="everywhere"), True)], ids=repr
+)
+def test_z_is_on_the_grid_where_no_hold_brings_the_weights_there(method, on_grid):
+    net, optimizer, pruner = fresh(method, bits=3)
+    train(net, optimizer, range(12), pruner)
+    assert not pruner.holding and pruner.history
+    for target, z in zip(pruner.problem.targets, pruner.solver.tensors["Z"], strict=True):
+        grid = find_grid(z)
+        assert (grid is not None and grid.bits <= 3) is on_grid, target.name
+        share = float(z.count_nonzero()) / z.numel()
+        assert share < 1 - method.asked(pruner.progress, target.sparsity) + 0.5 / z.numel() + 0.02
+
+
+def test_a_small_grid_does_not_shrink_the_set_ahead_of_the_ramp():
+    """Rounding to two bits takes most small weights; while nearly all are asked for, nearly all have to stay."""
+    _, _, pruner = fresh(SLR(), bits=2)
+    shares = [float(z.count_nonzero()) / z.numel() for z in pruner.solver.tensors["Z"]]
+    assert min(shares) > 0.99
+
+
 def test_in_the_hold_weights_are_on_one_grid_and_move():
     net, optimizer, pruner = fresh(SLR(ramp=0.5, hold=0.5), bits=3)
     seen: dict[str, list[Tensor]] = {"3.weight": [], "6.weight": []}

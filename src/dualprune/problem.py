@@ -87,15 +87,17 @@ class Problem:
             masks = {i: mask & ~self.frozen[i] for i, mask in masks.items()}
         return [masks[i] for i in range(len(self.targets))]
 
-    def project(self, values: Sequence[Tensor], asked: Asked = _final) -> tuple[list[Tensor], list[Tensor]]:
+    def project(
+        self, values: Sequence[Tensor], asked: Asked = _final, on_grid: Callable[[Target], bool] = lambda _: True
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the projections of `values` onto "sparse and on the grid", and their masks.
 
         Where a mask is False the projection is 0, whatever the first list has there. Zero is a level: a weight that is
-        rounded to it is not kept.
+        rounded to it is not kept. Where `on_grid` denies it, a quantised target's projection is onto "sparse" alone.
         """
         points, masks = list(values), self.masks(values, asked)
         for i, target in enumerate(self.targets):
-            if target.bits is not None:
+            if target.bits is not None and on_grid(target):
                 points[i] = snap(torch.where(masks[i], values[i], 0), target.bits)
                 masks[i] = points[i] != 0
         return points, masks

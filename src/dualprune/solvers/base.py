@@ -155,7 +155,7 @@ class DualSolver(Solver):
         self.method = method
         self.decoupled = isinstance(getattr(method, "rho", None), Closing)
         W = problem.weights
-        points, masks = problem.project(W, partial(method.asked, 0.0))
+        points, masks = problem.project(W, partial(method.asked, 0.0), self._on_grid)
         Z = [store.like(w).copy_(torch.where(m, p, 0)) for w, p, m in zip(W, points, masks, strict=True)]
         lam = [store.like(w).zero_() for w in W]
         super().__init__(problem, {"Z": Z, "lam": lam}, {"rho": rho, **scalars})
@@ -226,13 +226,17 @@ class DualSolver(Solver):
             follow_(Z, W, lam, rho)
 
     def _follows(self, target: Target) -> bool:
-        # a quantised weight is pulled to its level on the support too
-        return self.method.pull == "outside" and target.bits is None
+        return self.method.pull == "outside" and not self._on_grid(target)
+
+    def _on_grid(self, target: Target) -> bool:
+        """Whether Z is on the target's grid, and pulls W to its levels: not where W comes there in the hold."""
+        return target.bits is not None and not (self.method.pull == "outside" and self.method.hold)
 
     def project(self, progress: float) -> Callable[[Shifted], Sequence[Kept]]:
         """Return V ↦ what its projection at this progress keeps."""
         asked = partial(self.method.asked, progress)
-        return lambda V: _cuts(self.problem, V, asked) or list(zip(*self.problem.project(list(V), asked), strict=True))
+        onto = partial(self.problem.project, asked=asked, on_grid=self._on_grid)
+        return lambda V: _cuts(self.problem, V, asked) or list(zip(*onto(list(V)), strict=True))
 
 
 def _cuts(problem: Problem, V: Shifted, asked: Asked) -> Sequence[Kept] | None:
