@@ -10,7 +10,7 @@ from dualprune.loop import Interrupted
 from dualprune.recipe import parse_recipe
 from dualprune.tasks import build_task
 from dualprune.train import run
-from helpers import TINY_RECIPE
+from helpers import TINY_RECIPE, fit
 from test_train import KillAfter, assert_bit_identical, rows
 
 # a learning rate that does not fall makes the last epoch no better than others
@@ -84,12 +84,7 @@ def test_the_choosing_images_are_no_others(split):
 def test_the_score_is_under_the_attack_of_the_training():
     clean, attacked = (build_task(restless(text=text)) for text in (ADMM, ADMM + ADVERSARIAL))
     model = clean.model()
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for epoch in range(5):
-        for batch in clean.train_batches(batch_size=64, seed=0, epoch=epoch):
-            optimizer.zero_grad()
-            clean.loss(model, batch, clean.recipe.training).backward()
-            optimizer.step()
+    fit(clean, model, batch_size=64, epochs=5)
     state = torch.get_rng_state()
     assert attacked.score(model) == attacked.score(model) < clean.score(model) - 5
     assert torch.equal(state, torch.get_rng_state()), "measuring draws from a generator of its own"

@@ -464,12 +464,7 @@ def test_adversarial_training_makes_robust():
     for name, text in (("plain", helpers.TINY_RECIPE), ("robust", ROBUST)):
         task = build_task(parse_recipe(text, ["training.batch_size=128"]))
         model = task.model()
-        optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        for epoch in range(6):
-            for batch in task.train_batches(batch_size=128, seed=0, epoch=epoch):
-                optimizer.zero_grad()
-                task.loss(model, batch, task.recipe.training).backward()
-                optimizer.step()
+        helpers.fit(task, model, batch_size=128, epochs=6)
         stands[name] = build_task(parse_recipe(ROBUST)).final_metrics(model)
     assert stands["robust"]["worst"] > stands["plain"]["worst"] + 20
 
