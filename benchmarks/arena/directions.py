@@ -1,7 +1,7 @@
 """Directions that docs/research.md asks about, each a few lines around a plain training loop: does it help the default?
 
     dualprune run recipes/slr-2024/resnet20-cifar10-10x-clean.toml --split validation   # trains the dense network, once
-    python benchmarks/directions.py --dense runs/resnet20-cifar10-10x-clean/dense-*/dense.safetensors \
+    python benchmarks/arena/directions.py --dense runs/resnet20-cifar10-10x-clean/dense-*/dense.safetensors \
         --variants plain,restart --methods slr,gradual --seeds 1,2 --rate 30 --json runs/directions.json
 
 ResNet-20, 5 epochs of 10,000 of the 45,000 images that the dense network was trained on; accuracy after cutting on the 5,000
