@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
-from dualprune.tasks.classification.data import ArrayDataset, FolderDataset, load_data, train_batches
+from dualprune.tasks.classification import ArrayDataset, FolderDataset, load_data, train_batches
 
 BATCH = 128
 

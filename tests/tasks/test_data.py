@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from dualprune.errors import DualpruneError, FormatError
+from dualprune.errors import DataNotFoundError, DualpruneError, FormatError
 from dualprune.recipe import parse_recipe
 from dualprune.tasks import build_task
-from dualprune.tasks.classification import data as images
 from dualprune.tasks.classification import imagenet
 from dualprune.tasks.classification.data import (
     ArrayDataset,
-    DataNotFoundError,
+    FolderDataset,
     calibration_batches,
     eval_batches,
-    load_data,
     split_validation,
     steps_per_epoch,
     train_batches,
 )
+from dualprune.tasks.classification.draws import stratified
+from dualprune.tasks.classification.sources import load_data
 from helpers import TINY_RECIPE
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -197,7 +197,7 @@ def test_validation_is_held_out_of_training(toy):
 @pytest.mark.parametrize("n", [1, 7, 50, 99])
 def test_stratified_draw_has_the_exact_size_and_even_classes(n):
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
-    held = images._stratified(labels, n / 100, 0)
+    held = stratified(labels, n / 100, 0)
     assert len(held.unique()) == n
     shares = labels[held].bincount(minlength=3) - n / 100 * labels.bincount()
     assert shares.abs().max() < 1
@@ -811,7 +811,7 @@ def test_an_option_of_another_type_is_explained(name, options, said):
 )
 def test_an_image_folder_refuses_what_would_fail_later(options, said):
     with pytest.raises(DualpruneError, match=said):
-        images.FolderDataset("imagefolder", (), (), (), **options)
+        FolderDataset("imagefolder", (), (), (), **options)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

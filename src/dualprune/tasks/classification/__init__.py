@@ -6,13 +6,13 @@ from dualprune.tasks.classification.data import (
     ImageData,
     calibration_batches,
     eval_batches,
-    load_data,
     split_validation,
     steps_per_epoch,
     train_batches,
 )
 from dualprune.tasks.classification.metrics import accuracies, accuracy
 from dualprune.tasks.classification.models import build_model, load_weights, model_names
+from dualprune.tasks.classification.sources import load_data
 
 __all__ = [
     "ArrayDataset",

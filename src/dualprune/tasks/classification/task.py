@@ -18,6 +18,7 @@ from dualprune.tasks.classification import data as images
 from dualprune.tasks.classification.attacks import Attack, Pixels, build_attack, robustness
 from dualprune.tasks.classification.metrics import accuracies
 from dualprune.tasks.classification.models import build_model, has_folded_batch_norm, load_weights, unfold_batch_norm
+from dualprune.tasks.classification.sources import load_data, trees_sha256
 
 if TYPE_CHECKING:
     from dualprune.recipe_tables import OptimizerTable
@@ -35,8 +36,8 @@ class Classification(Task):
     def data(self) -> Any:
         """The images; small data sets live on the GPU, where their batches are made."""
         table = self.recipe.data
-        data: Any = images.load_data(table.name, root=table.root, **table.options)
-        self._sha256 = images.trees_sha256(table.name, table.root) or data.sha256()
+        data: Any = load_data(table.name, root=table.root, **table.options)
+        self._sha256 = trees_sha256(table.name, table.root) or data.sha256()
         if self.split == "validation":
             data = images.split_validation(data, table.validation, seed=self.recipe.seed)
         on_gpu = self.device.type == "cuda" and isinstance(data, images.ArrayDataset)
@@ -51,7 +52,7 @@ class Classification(Task):
 
     def data_sha256(self) -> str:
         """Return a hash of the whole data; images that would have to be decoded first go by their files."""
-        if "data" not in self.__dict__ and (listed := images.trees_sha256(self.recipe.data.name, self.recipe.data.root)):
+        if "data" not in self.__dict__ and (listed := trees_sha256(self.recipe.data.name, self.recipe.data.root)):
             return listed
         _ = self.data
         return self._sha256
