@@ -83,7 +83,7 @@ class DataTable(Table):
 
     name: str
     root: str | None = None
-    augment: bool | Literal["none", "flip", "crop-flip", "shift"] = True
+    augment: bool | Literal["none", "flip", "crop-flip", "shift", "shift-1"] = True
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     options: dict[str, Any] = {}
 

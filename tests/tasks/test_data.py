@@ -67,7 +67,7 @@ def elsewhere(tmp_path, monkeypatch):
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("augment", ["none", "flip", "crop-flip", "shift"])
+@pytest.mark.parametrize("augment", ["none", "flip", "crop-flip", "shift", "shift-1"])
 def test_an_epoch_can_be_entered_anywhere(toy, augment):
     whole = list(train_batches(toy, batch_size=16, seed=3, epoch=2, augment=augment))
     assert len(whole) == 6 == steps_per_epoch(toy, 16)
@@ -124,21 +124,25 @@ def test_channels_last(toy):
         assert next(batches)[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def crops(x, reach, mirrors):
+def crops(x, reach, mirrors, border=(0.0, 0.0, 0.0)):
     """Every image that the augmentation can make of a normalised one."""
-    padded = torch.nn.functional.pad(x, (reach,) * 4)
+    padded = torch.stack([torch.nn.functional.pad(c, (reach,) * 4, value=float(b)) for c, b in zip(x, border, strict=True)])
     sources = [padded, padded.flip(-1)] if mirrors else [padded]
     side = x.shape[-1]
     reaches = range(2 * reach + 1)
     return [s[:, i : i + side, j : j + side] for s in sources for i in reaches for j in reaches]
 
 
-@pytest.mark.parametrize(("augment", "reach", "mirrors"), [("flip", 0, True), ("crop-flip", 4, True), ("shift", 2, False)])
+@pytest.mark.parametrize(
+    ("augment", "reach", "mirrors"), [("flip", 0, True), ("crop-flip", 4, True), ("shift", 2, False), ("shift-1", 1, False)]
+)
 def test_augmented_images_are_crops_of_the_padded_normalised_image(toy, augment, reach, mirrors):
     first = torch.zeros(100, dtype=torch.long)
     indices = torch.arange(1)
     clean = next(eval_batches(toy, split="train", indices=indices))[0][0]
-    possible = crops(clean, reach, mirrors)
+    dark = ArrayDataset("dark", torch.zeros_like(toy.x_train), toy.y_train, toy.x_test, toy.y_test, 10, MEAN, STD)
+    black = next(eval_batches(dark, split="train"))[0][0, :, 0, 0]
+    possible = crops(clean, reach, mirrors, (0.0,) * 3 if mirrors else black)  # digits are shifted on black
     made = set()
     data = ArrayDataset("one", toy.x_train[first], toy.y_train[first], toy.x_test, toy.y_test, 10, MEAN, STD)
     for epoch in range(8):

@@ -22,7 +22,7 @@ from dualprune.errors import DualpruneError, FormatError
 from dualprune.files import listing_sha256
 from dualprune.tasks.classification.draws import generator_of, others, seed_of, stratified
 
-Augment = Literal["none", "flip", "crop-flip", "shift"]
+Augment = Literal["none", "flip", "crop-flip", "shift", "shift-1"]
 Split = Literal["train", "test"]
 Interpolation = Literal["bilinear", "bicubic"]
 Batch = tuple[Tensor, Tensor]
@@ -280,8 +280,9 @@ def train_batches(
         seed: of the run.
         epoch: counted by the caller; each has its own order.
         augment: "flip" mirrors half of the images; "crop-flip" also shifts by up to an eighth of the side (4 pixels
-            at 32) with black-after-normalisation borders (for image folders: a random resized crop); "shift" moves by
-            up to a fourteenth (1 pixel at 8, 2 at 28); True is the data's usual one, False is "none".
+            at 32) with borders of the mean colour (for image folders: a random resized crop); "shift" moves by up to a
+            fourteenth (1 pixel at 8, 2 at 28) with black borders, "shift-1" by up to one pixel; True is the data's
+            usual one, False is "none".
         start_step: how many batches to leave out at the beginning.
         device: where the batches go; None leaves them where they are made.
         memory_format: of the images, e.g. ``torch.channels_last``.
@@ -416,14 +417,18 @@ def at_least_one(what: str, value: int) -> int:
 
 
 def _augmented(x: Tensor, augment: Augment, seed: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Crop or shift, mirror, and normalise a batch of uint8 images at once; what comes in from outside is 0 after it."""
+    """Crop or shift, mirror, and normalise a batch of uint8 images at once.
+
+    What comes in from outside is 0: for a crop after normalisation, the mean; for shifted digits before it, black.
+    """
     if augment == "none":
         return _normalised(x, mean, std)
     n, channels, height, width = x.shape
     generator = torch.Generator().manual_seed(seed)
-    reach = {"flip": 0, "crop-flip": max(1, width // 8), "shift": max(1, width // 14)}[augment]
+    reach = {"flip": 0, "crop-flip": max(1, width // 8), "shift": max(1, width // 14), "shift-1": 1}[augment]
     dy, dx = torch.randint(-reach, reach + 1, (2, n, 1), generator=generator)
-    mirrored = torch.rand(n, 1, generator=generator) < (0 if augment == "shift" else 0.5)
+    shifts = augment.startswith("shift")
+    mirrored = torch.rand(n, 1, generator=generator) < (0 if shifts else 0.5)
     rows = torch.arange(height) + dy
     columns = torch.arange(width)
     columns = torch.where(mirrored, width - 1 - columns, columns) + dx
@@ -431,7 +436,8 @@ def _augmented(x: Tensor, augment: Augment, seed: int, mean: Sequence[float], st
     source = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
     where = source.view(n, 1, -1).expand(-1, channels, -1).to(x.device, non_blocking=True)
     moved = x.reshape(n, channels, -1).gather(2, where).view(x.shape)
-    return _normalised(moved, mean, std).mul_(inside[:, None].to(x.device, non_blocking=True))
+    kept = inside[:, None].to(x.device, non_blocking=True)
+    return _normalised(moved.mul_(kept), mean, std) if shifts else _normalised(moved, mean, std).mul_(kept)
 
 
 def _normalised(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -444,8 +450,8 @@ def _folder_transform(augment: Augment, size: int, crop: float, interpolation: I
     """From a PIL image to uint8 (3, size, size); "none" and "flip" resize to size / crop and cut out the middle."""
     from torchvision import transforms
 
-    if augment == "shift":
-        raise DualpruneError("augment='shift' is for digits; image folders have none, flip and crop-flip")
+    if augment.startswith("shift"):
+        raise DualpruneError(f"augment={augment!r} is for digits; image folders have none, flip and crop-flip")
     how = transforms.InterpolationMode(interpolation)
     middle = [transforms.Resize(round(size / crop), how), transforms.CenterCrop(size)]
     steps = [transforms.RandomResizedCrop(size, interpolation=how)] if augment == "crop-flip" else middle
