@@ -186,9 +186,9 @@ def test_a_recipe_may_give_one_method_its_own_importance(tmp_path: Path, monkeyp
     monkeypatch.setattr(dualprune, "attach", watched)
     table = '[methods.slr-v]\nkind = "slr"\nupdates_per_epoch = 2\nimportance = "second-moment"\n'
     recipe = parse_recipe(TINY_RECIPE.replace("lr = 0.05", 'lr = 0.005\noptimizer = "adam"') + table)
-    for label in ("slr", "slr-v"):
-        run(recipe, label, out=tmp_path)
-    assert ranked == ["magnitude", "second-moment"]
+    results = [run(recipe, label, out=tmp_path) for label in ("slr", "slr-v")]
+    assert ranked == [result["importance"] for result in results] == ["magnitude", "second-moment"]
+    assert "second-moment" in (tmp_path / "tiny/slr-v-seed0/report.html").read_text()
     masks = [load_sparse(tmp_path / f"tiny/{label}-seed0/pruned.safetensors")["fc2.weight"] != 0 for label in ("slr", "slr-v")]
     assert masks[0].sum() == masks[1].sum() and not masks[0].equal(masks[1])
 

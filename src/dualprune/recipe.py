@@ -87,6 +87,10 @@ class Recipe(Table):
         """Peak learning rate of a method: its own, or the recipe's."""
         return self.method(label).lr or self.training.lr
 
+    def importance(self, label: str) -> str:
+        """What ranks the weights of a method: its own, or the recipe's."""
+        return self.method(label).importance or self.prune.importance
+
     def with_lr(self, label: str, lr: float) -> Recipe:
         """This recipe with another peak learning rate for one method."""
         return self._with(label, self.method(label).model_copy(update={"lr": lr}), {"lr": lr})

@@ -54,7 +54,7 @@ HONEST = (
 Row = dict[str, Any]
 _RESULT: dict[str, Any] = {
     **dict.fromkeys(("recipe", "label", "method", "metric", "split", "budget", "device", "recipe_sha256"), str),
-    **dict.fromkeys(("command", "weights_sha256", "data_sha256"), str),
+    **dict.fromkeys(("importance", "command", "weights_sha256", "data_sha256"), str),
     **dict.fromkeys(("dense", "cut", "retrained", "rate", "rate_model", "lr", "seconds", "peak_memory_mb"), NUMBER),
     **dict.fromkeys(("seed", "kept", "total", "kept_model", "total_model", "epochs", "steps", "updates"), int),
     **dict.fromkeys(("retrain_epochs", "batch_size"), int),
@@ -439,6 +439,7 @@ def _provenance(run: _Run) -> Html:
         ("training budget", spent),
         ("learning rate", None if result.get("lr") is None else in_short(result["lr"])),
         ("layer budget", result.get("budget")),
+        ("weights ranked by", result.get("importance")),
         ("time", None if result.get("seconds") is None else in_time(result["seconds"])),
         ("peak memory", None if result.get("peak_memory_mb") is None else f"{result['peak_memory_mb']:,.0f} MB"),
         ("device", result.get("device")),
@@ -667,6 +668,7 @@ def _shared_provenance(runs: Sequence[_Run]) -> Html:
     pairs = [
         ("seeds", values(lambda r: r.get("seed"))),
         ("layer budget", values(lambda r: r.get("budget"))),
+        ("weights ranked by", values(lambda r: r.get("importance"))),
         ("batch size", values(lambda r: r.get("batch_size"))),
         ("optimizer steps", values(lambda r: r.get("steps"))),
         ("device", values(lambda r: r.get("device"))),
