@@ -1,11 +1,12 @@
-"""Draw a figure of the SLR paper (Zhou et al. 2024) from run folders into docs/figures/, and show it in docs/results.md.
+"""Draw a figure of the SLR paper (Zhou et al. 2024) from runs into docs/figures/, and show it in docs/results.md.
 
-    python benchmarks/figures.py 1 runs/table1_resnet18-cifar10-small runs/table1_resnet56-cifar10-small
+    python benchmarks/figures.py 1 results/table1-twins.json runs/table1_resnet56-cifar10-small
     python benchmarks/figures.py 5 runs/table6_ufld-*-small
     python benchmarks/figures.py --all runs
 
-The folders are those that `dualprune compare` wrote. `--all` draws every figure that the runs under a folder allow, and says
-which not, and why. Runs that are unfinished, or on the validation split, are left out.
+Runs come from the folders that `dualprune compare` wrote, or from what `publish.py` kept of them in results/: without the
+weights' maps of Figure 6 and, in a table of several recipes, without the updates of Figure 9. `--all` draws every figure that
+the runs under a folder allow, and says which not, and why. Runs that are unfinished, or on the validation split, are left out.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class CannotDraw(DualpruneError):
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("number", nargs="?", type=int, choices=FIGURES, help="which figure of the paper")
-    parser.add_argument("folders", nargs="*", type=Path, help="recipe folders under runs/")
+    parser.add_argument("folders", nargs="*", type=Path, help="recipe folders under runs/, or results/NAME.json")
     parser.add_argument("--all", type=Path, metavar="RUNS", help="draw all that the runs under this folder allow")
     parser.add_argument("--methods", metavar="A,B", help="labels to draw in figures 1 to 7; SLR's and ADMM's by default")
     parser.add_argument("--layer", help="figure 6: the layer, where the run kept several; its first one by default")
@@ -45,11 +46,22 @@ def main() -> None:
         draw_all(given.all, options)
     elif given.number and given.folders:
         try:
-            print(f"wrote {draw(given.number, list(map(publish.read_recipe, given.folders)), options)}")
+            print(f"wrote {draw(given.number, read(given.number, given.folders), options)}")
         except CannotDraw as error:
             raise SystemExit(f"Figure {given.number}: {error}") from error
     else:
         parser.error("give a figure's number and recipe folders, or --all RUNS")
+
+
+def read(number: int, places: Sequence[Path]) -> list[RecipeRuns]:
+    """The runs of folders, and of files in results/ what the figure is of: a table may hold other recipes too."""
+    recipes = []
+    for place in places:
+        if place.is_dir():
+            recipes.append(publish.read_recipe(place))
+        else:
+            recipes += [one for one in publish.read_results(place) if re.match(FIGURES[number].recipes, one.name)]
+    return recipes
 
 
 @dataclass(frozen=True)
@@ -288,7 +300,7 @@ FIGURES = {
     6: Wanted("heat-maps", "Figure 6: one layer's weights before and after SLR and ADMM", r"table6_", heat_maps),
     7: Wanted("points-by-rate", "Figure 7: PointPillars, AP after cutting by rate and difficulty", r"table7_", levels_by_rate),
     8: Wanted("ablation", "Figure 8: accuracy after cutting by epoch for values of s₀, M and r", r"fig8_", ablation),
-    9: Wanted("conditions", "Figure 9: surrogate conditions by update", r"table1_resnet18-cifar10", conditions),
+    9: Wanted("conditions", "Figure 9: surrogate conditions by update", r"table1_resnet(18|56)-cifar10", conditions),
 }
 
 if __name__ == "__main__":

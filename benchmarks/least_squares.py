@@ -1,6 +1,6 @@
 """SLR, SLR as printed and ADMM on problems whose every answer is known: cardinality-constrained least squares.
 
-    python benchmarks/least_squares.py --out results/least-squares.json
+    python benchmarks/least_squares.py --json results/least-squares.json
 
     min ½‖Aw − b‖²  over w ∈ R¹⁴ with at most 4 nonzeros
 
@@ -187,7 +187,7 @@ def show(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/least-squares.json"), help="where the JSON goes")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--instances", type=int, default=80, help="instances of each family")
     parser.add_argument("--updates", type=int, default=200, help="dual updates of a run")
     options = parser.parse_args()
@@ -208,8 +208,9 @@ def main() -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "dualprune": dualprune.__version__}
     setting = {"unknowns": UNKNOWNS, "kept": KEPT, "equations": EQUATIONS, "updates": options.updates}
     setting |= {"first_seed": seeds.start, "instances": options.instances}
-    write_json(options.out, {"setting": setting, "versions": versions, "rows": rows, "traces": traces})
-    print(f"written to {options.out}")
+    if options.json:
+        write_json(options.json, {"setting": setting, "versions": versions, "rows": rows, "traces": traces})
+        print(f"written to {options.json}")
 
 
 if __name__ == "__main__":

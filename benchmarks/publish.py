@@ -210,26 +210,39 @@ def read_run(place: Path) -> Run:
     return run
 
 
+def read_results(file: Path) -> list[RecipeRuns]:
+    """Read what was published of one recipe or of a table (results/NAME.json)."""
+    if not file.is_file():
+        raise SystemExit(f"there is no {file}; expected a folder of runs, or a file of results/ that publish.py wrote")
+    content = json.loads(file.read_text())
+    return [published_runs(recipe) for recipe in content.get("recipes", [content])]
+
+
+def published_runs(old: Mapping[str, Any]) -> RecipeRuns:
+    """Return a recipe's published runs as `read_recipe` would; a table has no histories, and epochs as columns."""
+    of_name = sorted((ROOT / "recipes").rglob(f"{old['recipe']}.toml"))
+    if not of_name:
+        raise SystemExit(f"published runs are of {old['recipe']}, but recipes/ has it no more")
+    methods = tuple(tomllib.loads(of_name[0].read_text()).get("methods", {}))
+    runs = [{"history": [], "paper": old["paper"], **run, "curve": rows_of(run["curve"])} for run in old["runs"]]
+    return RecipeRuns(Path(old["recipe"]), runs, old["tune"], old["paper"], methods, old.get("bits"))
+
+
 def with_published(file: Path, recipes: Sequence[RecipeRuns]) -> list[RecipeRuns]:
     """Return what `file` has published, in its order, and `recipes`, whose runs replace those of the same label and seed."""
     if not file.exists():
         raise SystemExit(f"--keep: there is no {file} yet; publish the table without --keep first")
     new = {recipe.name: recipe for recipe in recipes}
-    merged = [joined(old, new.pop(old["recipe"], None)) for old in json.loads(file.read_text())["recipes"]]
+    merged = [joined(old, new.pop(old.name, None)) for old in read_results(file)]
     return [*merged, *new.values()]
 
 
-def joined(old: Mapping[str, Any], new: RecipeRuns | None) -> RecipeRuns:
+def joined(old: RecipeRuns, new: RecipeRuns | None) -> RecipeRuns:
     """Return a recipe's published runs and its new ones, which must have the same dense model."""
-    runs = [{"history": [], "paper": old["paper"], **run, "curve": rows_of(run["curve"])} for run in old["runs"]]
     if new is None:
-        of_name = sorted((ROOT / "recipes").rglob(f"{old['recipe']}.toml"))
-        if not of_name:
-            raise SystemExit(f"--keep: published runs are of {old['recipe']}, but recipes/ has it no more")
-        methods = tuple(tomllib.loads(of_name[0].read_text()).get("methods", {}))
-        return RecipeRuns(Path(old["recipe"]), runs, old["tune"], old["paper"], methods, old["bits"])
+        return old
     again = {(run["label"], run["seed"]) for run in new.runs}
-    kept = [run for run in runs if (run["label"], run["seed"]) not in again]
+    kept = [run for run in old.runs if (run["label"], run["seed"]) not in again]
     dense = [run["metrics"]["dense"] for run in (*kept, *new.runs)]
     if different := next((one for one in dense if one != dense[-1]), None):
         raise SystemExit(
@@ -237,13 +250,15 @@ def joined(old: Mapping[str, Any], new: RecipeRuns | None) -> RecipeRuns:
             f"one of {dense[-1]}; one table compares methods on one model, so publish without --keep, or run them all again"
         )
     return replace(
-        new, runs=sorted((*kept, *new.runs), key=lambda run: f"{run['label']}-seed{run['seed']}"), tune=new.tune or old["tune"]
+        new, runs=sorted((*kept, *new.runs), key=lambda run: f"{run['label']}-seed{run['seed']}"), tune=new.tune or old.tune
     )
 
 
-def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Epochs as rows again, from the columns of a table's JSON."""
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+def rows_of(curve: Mapping[str, Sequence[Any]] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Epochs as rows, from the columns of a table's JSON or, of a recipe published alone, rows already."""
+    if isinstance(curve, list):
+        return curve
+    return [dict(zip(curve, values, strict=True)) for values in zip(*curve.values(), strict=True)]
 
 
 def measure_also(recipe: RecipeRuns, title: str, override: str) -> None:

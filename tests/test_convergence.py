@@ -92,7 +92,7 @@ def test_the_benchmark_prints_its_table_and_saves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "table.json"
-    monkeypatch.setattr(sys, "argv", ["least_squares.py", "--out", str(out), "--instances", "1", "--updates", "5"])
+    monkeypatch.setattr(sys, "argv", ["least_squares.py", "--json", str(out), "--instances", "1", "--updates", "5"])
     threads = torch.get_num_threads()
     try:
         bench().main()

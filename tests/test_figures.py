@@ -126,6 +126,24 @@ def test_ablations_take_their_values_from_the_methods(figures: Any, tmp_path: Pa
     assert len(colours) == 3
 
 
+def test_published_results_are_drawn_as_their_folders_are(figures: Any, tmp_path: Path) -> None:
+    for recipe in ("table1_a", "table1_b", "table7_c"):
+        write_text(tmp_path / f"recipes/{recipe}.toml", f'name = "{recipe}"')
+        for label in ("slr", "admm"):
+            make_run(tmp_path, recipe, label, 80.0)
+    a, b, other = (tmp_path / name for name in ("table1_a", "table1_b", "table7_c"))
+    write_text(tmp_path / "results/table.json", figures.publish.compact("table", read(figures, b, other)))
+    alone = read(figures, a)[0]
+    write_json(tmp_path / "results/table1_a.json", {"recipe": a.name, "tune": None, "paper": {}, "runs": alone.runs})
+    published = figures.read(1, [tmp_path / "results/table1_a.json", tmp_path / "results/table.json"])
+    assert [recipe.name for recipe in published] == ["table1_a", "table1_b"]  # a point cloud is none of Figure 1
+    drawn, wanted = (figures.curves(recipes, figures.Options()) for recipes in (published, read(figures, a, b)))
+    assert [lines(axes) for axes in drawn.axes] == [lines(axes) for axes in wanted.axes]
+    assert figures.read(9, [a])[0].runs == published[0].runs  # alone published, it keeps its history
+    with pytest.raises(SystemExit, match=r"no .*none\.json; expected"):
+        figures.read(1, [tmp_path / "none.json"])
+
+
 def test_all_draws_what_can_be_drawn_and_says_what_cannot(figures: Any, tmp_path: Path, capsys: Any) -> None:
     runs = tmp_path / "runs"
     make_run(runs, "table1_resnet18-cifar10-small", "slr", 80.0)

@@ -291,6 +291,17 @@ def test_safetensors_are_known_by_content(tmp_path):
     assert same(source, target)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_are_known_by_content(tmp_path, zipped):
+    """The published CIFAR ResNets, as they are, under the name that the recipes give them."""
+    source, target = build_model("digits-cnn"), build_model("digits-cnn")
+    state = {f"module.{key}": value for key, value in source.state_dict().items()}
+    content = {"state_dict": state, "best_prec1": torch.tensor(91.7)}
+    torch.save(content, tmp_path / "weights.safetensors", _use_new_zipfile_serialization=zipped)
+    load_weights(target, tmp_path / "weights.safetensors")
+    assert same(source, target)
+
+
 def test_safetensors_that_begin_as_a_pickle_or_a_zip(tmp_path):
     """They begin with the length of their header, which ends in 0x80 in every thirty-second file."""
     wanted, path = torch.eye(8), tmp_path / "w.safetensors"

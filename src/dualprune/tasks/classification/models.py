@@ -701,7 +701,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # by its name torch would read x.safetensors as what it is called
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(
