@@ -99,6 +99,12 @@ def test_one_version_everywhere():
     assert f"\n## {pyproject['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_reference_has_every_public_name():
+    shown = re.findall(r"^::: (\S+)$", (ROOT / "docs/reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    public = [getattr(dualprune, name) for name in dualprune.__all__ if name != "__version__"]
+    assert sorted(shown) == sorted(f"{one.__module__}.{one.__name__}" for one in public)
+
+
 def test_architecture_has_every_module():
     page = (ROOT / "docs/architecture.md").read_text()
     package = ROOT / "src/dualprune"

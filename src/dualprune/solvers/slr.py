@@ -22,12 +22,13 @@ class SLR(DualMethod):
     Args:
         rho: penalty, a number or a schedule over the run, for the gradient; `Closing` moves the weights by itself.
         s0: first step size of the multipliers.
-        M, r: constants of the step factor α_k (eq. 13); M > 1, 0 < r < 1.
+        M: constant of the step factor α_k (eq. 13), above 1.
+        r: the other constant of α_k, between 0 and 1.
         step_rule: "contraction" keeps s_k‖g_k‖ = α_k s_{k−1}‖g_{k−1}‖, on which the convergence proof rests;
             "as_printed" takes eq. 8 and 13 literally, which can diverge (docs/theory.md).
         cap: the step size never exceeds cap·ρ (ADMM's step is ρ); None lifts the limit.
         ramp: fraction of the run over which the set shrinks to its final size; 0: final from the start.
-            While it shrinks, the step size stays s0: a set that moves makes new violation, which the contraction
+            While it shrinks, the step size stays s0 (below `cap`): a set that moves makes new violation, which the contraction
             would answer with ever smaller steps.
         hold: fraction at the end of the run that is trained under the fixed mask.
         curve: how the set shrinks, "geometric" or "cubic" (`schedules.ramped`).
