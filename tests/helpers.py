@@ -97,6 +97,11 @@ def train(
     return losses
 
 
+def before_step(pruner: dualprune.Pruner) -> None:
+    """What the hook does before an optimizer step, without the step."""
+    pruner._before_step(pruner.optimizer, (pruner.optimizer,), {})
+
+
 def sgd(model: nn.Module, lr: float = 0.05) -> Optimizer:
     """Return SGD with momentum on all parameters."""
     return torch.optim.SGD(model.parameters(), lr, momentum=0.9)

@@ -236,6 +236,14 @@ def test_copies_of_the_optimizer_carry_no_hooks(net, optimizer):
         assert not twin._optimizer_step_pre_hooks and not twin._optimizer_step_post_hooks
 
 
+def test_a_pruner_is_not_copied(net, optimizer):
+    """A copy would have no hooks, and never prune."""
+    pruner = attach(net, optimizer, SLR.paper(), rate=5)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(DualpruneError, match=r"attach again and load_state_dict\(pruner.state_dict\(\)\)"):
+            copied(pruner)
+
+
 def test_detach_leaves_a_plain_loop_and_room_for_another_pruner(net, optimizer):
     pruner = attach(net, optimizer, SLR.paper(), rate=5, every=2)
     with pytest.raises(DualpruneError, match=r"has a pruner already.*detach"):

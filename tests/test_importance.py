@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import dualprune
-from dualprune import SLR, DualpruneError, GradualMagnitude, Magnitude, attach, load_sparse
+from dualprune import ACDC, SLR, DualpruneError, GradualMagnitude, Magnitude, RigL, attach, load_sparse
 from dualprune.recipe import parse_recipe
 from dualprune.solvers.base import Method
 from dualprune.train import run
@@ -76,6 +76,18 @@ def test_weights_on_their_support_keep_their_values() -> None:
     for target in pruner.problem.targets:
         assert torch.equal(target.weight.detach(), before[target.name] * masks[target.name])
     assert sum(row["kept"] for row in pruner.layers) == sum(int(m.sum()) for m in masks.values())
+
+
+@pytest.mark.parametrize("method", [RigL(), ACDC(), GradualMagnitude()], ids=repr)
+def test_the_rivals_rank_by_it_too(method: Method) -> None:
+    masks = []
+    for importance in ("magnitude", "second-moment"):
+        model = tiny_net()
+        optimizer = adam(model)
+        pruner = attach(model, optimizer, method, rate=5, importance=importance, every=3, total_steps=30)
+        train(model, optimizer, range(30), pruner)
+        masks.append(torch.cat([m.flatten() for m in pruner.masks.values()]))
+    assert not masks[0].equal(masks[1])
 
 
 def test_magnitude_decides_before_the_first_step() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import Optimizer
 
-from dualprune import ADMM, SLR, GradualMagnitude, attach
+from dualprune import ADMM, SAFE, SLR, Closing, DualpruneError, GradualMagnitude, attach
 from helpers import METHODS, batch, same_bits, sgd, snapshot, tiny_net, train
 
 # a large eps, lest Adam blow rounding errors up to whole steps where a gradient is nearly nothing
@@ -296,6 +296,135 @@ def test_layers_of_every_kind(name, method):
     assert list(net.state_dict()) == keys and torch.isfinite(net(x)).all()
     twin = copy.deepcopy(net)
     assert torch.equal(twin.eval()(x), net.eval()(x))
+
+
+# ---------------------------------------------------------------------- optimizers of the user's own
+
+
+class Clipped(torch.optim.SGD):
+    """Clips, then steps as SGD does: torch calls the hooks of both steps."""
+
+    fails = False
+
+    def step(self, closure=None):
+        nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 1e6)
+        if self.fails:
+            raise MemoryError
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("method", [SLR(), ADMM(), GradualMagnitude()], ids=repr)
+def test_a_step_within_a_step_is_one_step(method):
+    """With the penalty in the gradient (ADMM) or after the step (SLR), and a step that failed once on the way."""
+    nets = tiny_net(), tiny_net()
+    optimizers = Clipped(nets[0].parameters(), lr=0.05), torch.optim.SGD(nets[1].parameters(), lr=0.05)
+    pruners = [attach(net, opt, method, rate=5, every=2, total_steps=20) for net, opt in zip(nets, optimizers, strict=True)]
+    losses = []
+    for net, optimizer, pruner in zip(nets, optimizers, pruners, strict=True):
+        losses.append(train(net, optimizer, range(7), pruner))
+        optimizer.fails = True
+        if isinstance(optimizer, Clipped):
+            with pytest.raises(MemoryError):
+                optimizer.step()
+        optimizer.fails = False
+        losses[-1] += train(net, optimizer, range(7, 20), pruner)
+        assert pruner.step_count == 20
+    assert losses[0] == losses[1] and pruners[0].history == pruners[1].history
+    assert same_bits(nets[0].state_dict(), nets[1].state_dict())
+
+
+# ---------------------------------------------------------------------- parameters that were replaced
+
+
+def assigned(net):
+    net.load_state_dict({key: value.clone() for key, value in net.state_dict().items()}, assign=True)
+
+
+def parametrized(net):
+    weight_norm(net[3])
+
+
+@pytest.mark.parametrize("replace", [assigned, parametrized])
+def test_replaced_parameters_are_noticed(replace):
+    net = tiny_net()
+    optimizer = sgd(net)
+    pruner = attach(net, optimizer, SLR(), rate=5, every=2, total_steps=20)
+    train(net, optimizer, range(5), pruner)
+    replace(net)
+    said = r"3.weight is no longer the model's: .*assign=True"
+    for use in (pruner.update, pruner.finish, pruner.evaluate().__enter__):
+        with pytest.raises(DualpruneError, match=said):
+            use()
+    with pytest.raises(DualpruneError, match=said):
+        train(net, optimizer, range(5, 7), pruner)
+
+
+# ---------------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("method", [SLR(), ADMM(), SAFE(), SLR.paper()], ids=repr)
+def test_half_precision_with_a_wide_state_is_as_single_precision(method):
+    rows = []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).to(dtype)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        pruner = attach(net, optimizer, method, sparsity=0.5, ignore=(), every=5, total_steps=40, state_dtype=torch.float32)
+        for _ in range(40):
+            x = torch.randn(32, 64)
+            loss = (net(x.to(dtype)).float() - x[:, :8]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        rows.append([row["violation"] for row in pruner.history])
+    assert rows[0] == pytest.approx(rows[1], rel=0.02)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32])
+@pytest.mark.parametrize("lr", [0.0, 1e-7, 1e-5])
+def test_a_penalty_beyond_half_precision(lr, state_dtype):
+    """ρ = 4/(n·lr) leaves float16; the part of the gap that is closed does not depend on it."""
+    weights = []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)).half().to(dtype)
+        optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+        pruner = attach(net, optimizer, SLR(), rate=4, ignore=(), every=5, total_steps=40, state_dtype=state_dtype)
+        for _ in range(22):
+            loss = net(torch.randn(8, 16).to(dtype)).float().square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert pruner.history[0]["rho"] > 65504
+        weights.append(torch.cat([w.detach().float().flatten() for w in pruner.problem.weights]))
+    assert torch.allclose(*weights, atol=1e-3) and (weights[1].abs() < 0.01).float().mean() > 0.3
+
+
+def test_a_warm_up_from_zero_gives_admm_no_huge_multipliers():
+    runs = []
+    for first in (0, 1):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, first=first: min(1.0, (step + first) / 10))
+        attach(net, optimizer, ADMM(rho=Closing(4.0), pull="outside"), rate=4, ignore=(), every=1, total_steps=60)
+        for _ in range(60):
+            x = torch.randn(16, 8)
+            loss = (net(x) - x[:, :2]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        runs.append(max(float(p.detach().abs().max()) for p in net.parameters()))
+    assert max(runs) < 1.5
+
+
+def test_admm_under_closing_wants_a_wide_state():
+    net = nn.Sequential(nn.Linear(8, 8)).half()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    with pytest.raises(DualpruneError, match=r"state_dtype=torch\.float32"):
+        attach(net, optimizer, ADMM(rho=Closing(4.0)), rate=4, ignore=(), total_steps=60)
+    attach(net, optimizer, ADMM(rho=Closing(4.0)), rate=4, ignore=(), total_steps=60, state_dtype=torch.float32)
 
 
 # ---------------------------------------------------------------------- compiled

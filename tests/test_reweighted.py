@@ -35,7 +35,7 @@ from dualprune.solvers import vector
 from dualprune.solvers.base import Clock, Store
 from dualprune.solvers.reweighted import ReweightedSolver, feedback
 from dualprune.stride import Stride
-from helpers import accuracy, batch, digits, sgd, snapshot, tiny_net, train
+from helpers import accuracy, batch, before_step, digits, sgd, snapshot, tiny_net, train
 from reference import ReweightedTwin
 from test_loops import FUSED, OPTIMIZERS, scaled_steps, scaler
 from test_resume import BREAKS, STEPS, fresh, identical, resumed, saved
@@ -239,7 +239,7 @@ def test_the_mask_is_held_without_penalty_at_the_end(net: nn.Module, optimizer: 
     assert sum(int(z.sum()) for z in zeros) == sum(round(0.8 * z.numel()) for z in zeros)
     assert not any(pruner.solver.tensors.values()) and pruner.history[-1]["step"] == 28
     own = set_grads(net)
-    pruner._before_step(optimizer, (optimizer,), {})
+    before_step(pruner)
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), own, strict=True))
     train(net, optimizer, range(30, 45), pruner)
     assert all(torch.equal(w == 0, z) for w, z in zip(pruner.problem.weights, zeros, strict=True))
@@ -248,7 +248,7 @@ def test_the_mask_is_held_without_penalty_at_the_end(net: nn.Module, optimizer: 
 def test_gradients_of_what_is_not_pruned_are_untouched(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     pruner = attach(net, optimizer, Reweighted(lam=0.1), rate=5, total_steps=40)
     own = dict(zip((n for n, _ in net.named_parameters()), set_grads(net), strict=True))
-    pruner._before_step(optimizer, (optimizer,), {})
+    before_step(pruner)
     pruned = {t.name for t in pruner.problem.targets}
     assert pruned == {"3.weight", "6.weight"}
     for name, p in net.named_parameters():
@@ -263,7 +263,7 @@ def test_a_layer_that_keeps_everything_is_not_penalised(net: nn.Module, budget: 
     optimizer = sgd(net)
     pruner = attach(net, optimizer, Reweighted(lam=lam), patterns=rules, budget=budget, total_steps=40, every=5)
     own = dict(zip((n for n, _ in net.named_parameters()), set_grads(net), strict=True))
-    pruner._before_step(optimizer, (optimizer,), {})
+    before_step(pruner)
     assert torch.equal(net[3].weight.grad, own["3.weight"]) and not torch.equal(net[6].weight.grad, own["6.weight"])
     assert pruner.solver.scalars["lam"][0] == lam and pruner.solver.scalars["lam"][1] > 0
     if lam is None:
@@ -276,7 +276,7 @@ def test_a_layer_that_keeps_everything_is_not_penalised(net: nn.Module, budget: 
 def test_nothing_is_penalised_where_all_is_kept(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     pruner = attach(net, optimizer, Reweighted(), patterns={"*": 0.0}, bits=4, total_steps=40, every=5)
     own = set_grads(net)
-    pruner._before_step(optimizer, (optimizer,), {})
+    before_step(pruner)
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), own, strict=True))
     train(net, optimizer, range(15), pruner)
     assert pruner.history[-1]["lam"] is None
@@ -371,7 +371,7 @@ def test_a_step_allocates_cache_sized_pieces_at_most_and_never_waits(pattern: st
     if scale:
         optimizer.grad_scale = torch.tensor(scale)
     with Largest() as seen:
-        pruner._before_step(optimizer, (optimizer,), {})
+        before_step(pruner)
     assert seen.elements <= vector._CHUNK < 800 * 800 and seen.syncs == 0
 
 

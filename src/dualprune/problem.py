@@ -59,10 +59,13 @@ class Problem:
         """The ties by the names of their targets."""
         return [[self.targets[i].name for i in tie] for tie in self.ties]
 
+    def ranked(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the values whose magnitudes are compared: themselves, or times the importance of the weights."""
+        return values if self.importance is None else self.importance.weigh([t.weight for t in self.targets], values)
+
     def masks(self, values: Sequence[Tensor], asked: Asked = _final) -> list[Tensor]:
         """Return the masks (True = keep) of the projection of `values` onto the sets, at what is `asked` of each sparsity."""
-        if self.importance is not None:
-            values = self.importance.weigh([t.weight for t in self.targets], values)
+        values = self.ranked(values)
         if self.frozen is not None:
             values = [v.masked_fill(f, 0) for v, f in zip(values, self.frozen, strict=True)]
         masks: dict[int, Tensor] = {}

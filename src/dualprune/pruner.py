@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -149,6 +150,7 @@ class Pruner:
         self.process_group: Any = None
         self.checks_replicas = False
         self._evaluating = False
+        self._step_at: FrameType | None = None  # where torch called the hook before the step that is going on
         self._zeros_are_few = problem.frozen is None  # checked before anything moves, but not on the way to a loaded state
         self._drops: list[Tensor] | None = None  # True = dropped; set while masks are on
         self._grids: dict[str, Held] = {}  # of quantised weights, from the hold or the cut on
@@ -197,12 +199,17 @@ class Pruner:
         if self.checks_replicas:  # before anything that one rank alone may raise: the others would wait for its hashes
             distributed.check_replicas(self._replicated(), self._group)
         self._require_finite_weights()
+        self._require_own_weights()
         row = self.solver.update(Clock(loss, self.progress, self._stride(), self._steps_since_update()))
         if self._drops is not None:
             cut_(self.problem.weights, self._drops)
         return self._record(row, loss)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = sys._getframe(1)
+        if _is_within(call, self._step_at):
+            return  # of a class whose step() calls super().step(), for which torch calls the hooks again
+        self._step_at = call
         if kwargs.get("closure") is not None or any(a is not None and a is not optimizer for a in args):
             raise DualpruneError(
                 f"{type(optimizer).__name__}.step was called with a closure: its gradients are computed after the penalty "
@@ -217,8 +224,13 @@ class Pruner:
             with torch.no_grad():
                 self.solver.penalty_(getattr(optimizer, "grad_scale", None))
 
-    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if sys._getframe(1) is self._step_at:
+            self._step_at = None
+            with torch.no_grad():
+                self._follow_step(optimizer)
+
+    def _follow_step(self, optimizer: Optimizer) -> None:
         self.step_count += 1
         if self.solver.decoupled and not self.holding:
             self.solver.pull_()
@@ -501,6 +513,12 @@ class Pruner:
 
     # ------------------------------------------------------------------ private
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise DualpruneError(
+            "a pruner is not copied or pickled: its hooks are on one optimizer. Copy the model, make the optimizer, attach "
+            "again and load_state_dict(pruner.state_dict())"
+        )
+
     @property
     def _group(self) -> Any:
         return distributed.group_of(self.model, self.process_group)
@@ -521,6 +539,13 @@ class Pruner:
             raise DualpruneError(
                 f"{gone[0]} is no longer the model's: fully_shard has replaced its parameters since attach(). Call "
                 "fully_shard first, then make the optimizer, then attach"
+            )
+        owned = {id(p) for p in named.values()}
+        if gone := [name for name, w in weights.items() if not hasattr(w, "to_local") and id(w) not in owned]:
+            raise DualpruneError(
+                f"{gone[0]} is no longer the model's: it was replaced since attach(), as load_state_dict(assign=True), a "
+                "parametrization or a new module does. Copy values in place (without assign), or replace it first, then make "
+                "the optimizer, then attach"
             )
 
     def _hook(self, optimizer: Optimizer) -> None:
@@ -650,6 +675,14 @@ def _default_every(method: Method, total_steps: int | None) -> int:
     if total_steps is None:
         return method.default_every
     return max(1, min(method.default_every, total_steps // 40))
+
+
+def _is_within(call: FrameType, outer: FrameType | None) -> bool:
+    """Tell whether `outer` is among the callers of `call`; it is not where it was left by an exception."""
+    caller = None if outer is None else call.f_back
+    while caller is not None and caller is not outer:
+        caller = caller.f_back
+    return caller is not None
 
 
 def _check_steps(what: str, value: int | None) -> int | None:

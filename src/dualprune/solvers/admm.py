@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+from dualprune.errors import DualpruneError
 from dualprune.problem import Problem
 from dualprune.schedules import Geometric, as_schedule
 from dualprune.solvers.base import Clock, ConstantOrSchedule, DualMethod, DualSolver, Row, Store, first_penalty
@@ -45,6 +48,8 @@ class ADMMSolver(DualSolver):
     def __init__(self, problem: Problem, method: ADMM, store: Store) -> None:
         super().__init__(problem, method, store, first_penalty(method.rho), k=1)
         self.admm = method
+        if self.decoupled and any(t.dtype is torch.float16 for t in self.tensors["lam"]):
+            raise DualpruneError("ADMM's multipliers under Closing grow beyond float16: give state_dtype=torch.float32")
 
     def update(self, clock: Clock) -> Row:  # noqa: D102
         W, Z, lam = self.problem.weights, self.tensors["Z"], self.tensors["lam"]
@@ -54,7 +59,8 @@ class ADMMSolver(DualSolver):
 
         V = Shifted(W, lam, rho)
         z_change, flips, inner, square = replace_(Z, V, self.project(clock.progress)(V))
-        ascend_(lam, rho, W, Z)
+        if self.scalars.get("fastest", 1.0):  # an optimizer that has not moved has no ρ to measure, as at a warm-up's start
+            ascend_(lam, rho, W, Z)
 
         self.scalars |= {"rho": rho, "k": self.scalars["k"] + 1}
         lagrangian = (clock.loss or 0.0) + inner + rho * square + rho / 2 * square

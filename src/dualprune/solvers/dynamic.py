@@ -108,11 +108,11 @@ class RigLSolver(MaskedSolver):
         super().penalty_(grad_scale)
 
     def update(self, clock: Clock) -> Row:  # noqa: D102
-        share, masks = self.method.moving(clock.progress), []
-        for target, drop, grad in zip(self.problem.targets, self.tensors["drop"], self.tensors["grad"], strict=True):
+        share, masks, ranked = self.method.moving(clock.progress), [], self.problem.ranked(self.problem.weights)
+        for target, v, drop, grad in zip(self.problem.targets, ranked, self.tensors["drop"], self.tensors["grad"], strict=True):
             pattern, w = target.pattern, target.weight.detach()
             active = pattern.scores((~drop).to(w.dtype)) != 0
-            keep = rigl_update(pattern.scores(w), pattern.scores(grad.to(w.device, w.dtype)), active, share)
+            keep = rigl_update(pattern.scores(v), pattern.scores(grad.to(w.device, w.dtype)), active, share)
             masks.append(pattern.expand(keep, tuple(w.shape)).expand(w.shape))
         return {"support_change": self.keep(masks), "moving": share}
 

@@ -61,7 +61,7 @@ def pull_(grad: Tensor, w: Tensor, z: Tensor, lam: Tensor, rho: float, scale: Te
     The pull is formed first: what cancels in it would round a narrow gradient away, were it to pass through that.
     """
     gap = _gap(w, z, room)
-    pull = torch.add(lam, gap, alpha=rho, out=gap)
+    pull = torch.add(lam.float(), gap, alpha=rho) if _narrow(gap) else torch.add(lam, gap, alpha=rho, out=gap)
     if scale is None:
         grad.add_(pull)
     else:
@@ -70,10 +70,11 @@ def pull_(grad: Tensor, w: Tensor, z: Tensor, lam: Tensor, rho: float, scale: Te
 
 def pull_outside_(grad: Tensor, w: Tensor, z: Tensor, lam: Tensor, rho: float, scale: Tensor | None, room: Scratch) -> None:
     """Add scale·(Λ + ρW) to the gradient where Z is zero, in place, the pull formed first."""
-    outside = torch.eq(z, 0, out=_laid_out(w, "outside", room))
+    wide = torch.float32 if _narrow(w) else None
+    outside = torch.eq(z, 0, out=_laid_out(w, "outside", room, wide))
     if scale is not None:
         outside.mul_(scale)
-    pull = torch.add(lam, w, alpha=rho, out=_laid_out(w, "pull", room, lam.dtype))
+    pull = torch.add(lam if wide is None else lam.to(wide), w, alpha=rho, out=_laid_out(w, "pull", room, wide or lam.dtype))
     grad.addcmul_(outside, pull)
 
 
@@ -100,8 +101,8 @@ class Shifted:
 
     def form(self, w: Tensor, multiplier: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the piece of V at a piece of W and the same of Λ, in memory of w's dtype if given."""
-        if w.dtype is torch.float16:  # which ends at 65504, and 1/ρ need not
-            return multiplier.to(w.device).float().mul_(1 / self.rho).add_(w).to(w.dtype)
+        if _narrow(w):
+            return torch.add(w.float(), multiplier.to(w.device), alpha=1 / self.rho).to(w.dtype)
         return torch.add(w, multiplier.to(w.device), alpha=1 / self.rho, out=out).to(w.dtype)
 
     def cut(self, members: Sequence[int], k: int) -> Cut | None:
@@ -163,6 +164,10 @@ def all_finite(tensors: Tensors) -> bool:
 def _masked(point: Tensor, mask: Tensor) -> Tensor:
     bits = mask.to(BITS[point.itemsize]).neg_()  # all ones where kept: without branches, unlike a masked fill
     return bits.bitwise_and_(point.view(bits.dtype)).view(point.dtype)
+
+
+def _narrow(t: Tensor) -> bool:
+    return t.dtype is torch.float16  # which ends at 65504, and neither ρ nor 1/ρ need do so
 
 
 def _gap(w: Tensor, z: Tensor, room: Scratch) -> Tensor:
