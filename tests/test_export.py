@@ -722,3 +722,14 @@ def test_damage_under_a_checksum_that_fits_is_read_or_refused(tmp_path, monkeypa
     except FormatError:
         return
     assert all(tensor.numel() <= 10**6 for tensor in got.values())
+
+
+def test_files_are_read_whatever_the_default_device(tmp_path):
+    torch.manual_seed(0)
+    sparse, dense = torch.randn(50, 40), torch.randn(7)
+    sparse[sparse.abs() < 1.5] = 0
+    state = {"sparse": sparse, "dense": dense, "empty": torch.zeros(0), "grid": snap(sparse, 4)}
+    save_sparse(state, tmp_path / "w.safetensors")
+    with torch.device("meta"):
+        found = load_sparse(tmp_path / "w.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())

@@ -113,6 +113,17 @@ def test_refit_is_least_squares_on_the_support():
         assert int(torch.count_nonzero(w)) == len(S)
 
 
+@pytest.mark.parametrize("name", ["slr", "admm", "alps", "wanda"])
+@pytest.mark.parametrize("damping", [0.0, 1e-6])
+def test_refit_stops_where_fewer_inputs_than_weights_leave_h_flat(name, damping):
+    for seed in range(10):
+        torch.manual_seed(seed)
+        x, w = torch.randn(8, 16), torch.randn(16, 16)
+        q = Quadratic.of(w, x.T @ x, Unstructured(), 0.5, damping)
+        W = layer_method(name, q.pattern)(q)
+        assert bool(torch.isfinite(W).all()) and q.error(W) <= q.error(layer_method(name, q.pattern, False)(q)) * (1 + 1e-4)
+
+
 def test_sparsegpt_on_uncorrelated_inputs_keeps_the_largest_weight_times_norm_and_changes_nothing():
     X = torch.diag(torch.rand(24, dtype=torch.float64) * 5 + 0.1)
     W = torch.randn(12, 24, dtype=torch.float64)

@@ -295,6 +295,12 @@ def test_wrappers_prefixes_are_stripped(raw: str, name: str) -> None:
     assert parameter_name(raw) == name
 
 
+def test_a_name_with_a_bracket_is_no_set_of_characters() -> None:
+    net = nn.ModuleDict({"experts[0]": nn.Linear(4, 4), "experts[1]": nn.Linear(4, 4)})
+    assert names(build_problem(net, patterns={"experts[0].weight": 0.5})) == ["experts[0].weight"]
+    assert names(build_problem(net, sparsity=0.5, ignore=["experts[0]"])) == ["experts[1].weight"]
+
+
 def test_wrapped_models_have_the_names_of_bare_ones() -> None:
     bare = build_problem(convnet(), sparsity=0.5, ignore=())
     for wrapped in (nn.DataParallel(convnet()), torch.compile(convnet()), nn.DataParallel(torch.compile(convnet()))):

@@ -148,6 +148,13 @@ def test_what_is_on_the_grid_stays(dtype, bits, spread):
     assert same_bits({"z": nearest(z, grid.scale, bits)}, {"z": z})
 
 
+def test_a_grid_whose_levels_are_rounding_ties_is_found():
+    """One scale alone fits: the ends of what each level allows are the same number."""
+    torch.manual_seed(763)
+    z = snap(torch.randn(50).half(), 4)
+    assert find_grid(z, 4) is not None and torch.equal(z, snap(z, 4))
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_levels_are_exact_multiples(bits):
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Recipes: what is read, what is refused, and with which words."""
 
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dualprune.errors import DualpruneError
 from dualprune.recipe import load_recipe, parse_recipe
 from dualprune.recipe_tables import AttackSpec
 from dualprune.toml_text import dump_toml
+from helpers import TINY_RECIPE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -460,3 +462,19 @@ def test_impossible_distillation_is_explained(override, said):
 
 def test_distillation_needs_labelled_images():
     assert "[training.distill] is for task = 'classification'" in refused(BASE + "[training.distill]\n", "task=lanes")
+
+
+def test_labels_are_not_trimmed():
+    """Two labels that differ in a space would be one method, the second one."""
+    with pytest.raises(DualpruneError, match="methods"):
+        parse_recipe(TINY_RECIPE + '[methods." gradual"]\nkind = "slr"\n')
+
+
+def test_a_file_name_that_results_cannot_have_is_refused(tmp_path):
+    path = tmp_path / os.fsdecode(b"r\xe9cipe.toml")
+    try:
+        path.write_text(TINY_RECIPE)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    with pytest.raises(DualpruneError, match="not UTF-8"):
+        load_recipe(path)

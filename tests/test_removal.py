@@ -100,6 +100,36 @@ def test_batch_norm_makes_a_dead_filter_a_constant_that_padding_does_not_let_go(
     assert difference[1:-1, 1:-1].max() < 1e-5 < 0.01 < difference[0].max()
 
 
+def test_padding_with_another_value_than_zero_keeps_a_dead_filter():
+    """Its mean depends on the input's size: right for the example alone."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ConstantPad2d(1, 0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    with torch.no_grad():
+        model[0].weight[:2], model[0].bias[:2] = 0, 0
+    small = shrink(model.eval(), X)
+    assert widths(small) == widths(model) and "another value than zero" in shrink_report(small).stays[0].reason
+    model[1] = nn.ZeroPad2d(1)
+    assert widths(shrink(model, X))["0.weight"][0] == 2
+
+
+def test_silence_passes_by_what_is_combined_with_wider_layers():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.PixelShuffle(2), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 3, 3)).eval()
+    with torch.no_grad():
+        model[0].weight[4:] = 0
+    assert silence(model, X) == {}
+
+
+def test_tensors_need_not_be_on_the_default_device(tmp_path):
+    model = kill(lively(chain()), "0")
+    silence(model, X)
+    small = shrink(model, X)
+    save_shrunk(small, tmp_path / "small.safetensors")
+    with torch.device("meta"):
+        again, loaded = shrink(model, X), load_shrunk(model, tmp_path / "small.safetensors")
+    assert same_bits(small.state_dict(), again.state_dict()) and same_bits(small.state_dict(), loaded.state_dict())
+
+
 def test_silence_zeroes_the_shift_and_only_that():
     model = kill(lively(chain()), "0")
     before = snapshot(model)

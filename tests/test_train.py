@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -706,3 +707,11 @@ def test_a_figure_that_is_no_number_stops_the_run_like_a_loss(tiny, tmp_path, mo
     monkeypatch.setattr(Classification, "measure", diverged)
     with pytest.raises(Diverged, match=r"slr seed 0: the loss on the text is inf; the last good checkpoint is kept"):
         run(tiny, "slr", out=tmp_path)
+
+
+def test_runs_started_together_share_a_folder(tmp_path):
+    """The dense model of one recipe lies in a folder that its seeds share."""
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(run_folder.make_folder, [tmp_path / "dense"] * 16))
+    assert not list((tmp_path / "dense").iterdir())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualprune.errors import DualpruneError
 from dualprune.surgery import INPUTS, OUTPUTS, Place, nonzero_slices, owners_of, side_of, weight_of, why_fixed, width_of
@@ -123,6 +124,18 @@ class Coupling:
     members: list[Member]
 
 
+class _PadValues(TorchDispatchMode):
+    """Whether a border was ever filled with another value than zero, which the graph does not say."""
+
+    other_than_zero = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.constant_pad_nd.default:
+            value = args[2] if len(args) > 2 else (kwargs or {}).get("value", 0)
+            self.other_than_zero |= value != 0
+        return func(*args, **(kwargs or {}))
+
+
 class Graph:
     """What this module asks of Torch-Pruning, and what it refuses to believe of the answer."""
 
@@ -134,7 +147,8 @@ class Graph:
         self._owners = owners_of(model)
         # inputs with a history, and outputs with one operation more, show up in the graph: so ties with them are seen
         call = probe.map(lambda t: t.clone().requires_grad_() * 1 if t.is_floating_point() else t)
-        with warnings.catch_warnings(), torch.enable_grad():
+        self._pads = _PadValues()
+        with warnings.catch_warnings(), torch.enable_grad(), self._pads:
             warnings.simplefilter("ignore")
             self._graph.build_dependency(
                 model,
@@ -173,8 +187,8 @@ class Graph:
             role=role,
             name=self._names.get(module, "") if module is not None else "",
             module=module,
-            index=torch.tensor(item.idxs),
-            root=torch.tensor(item.root_idxs),
+            index=torch.tensor(item.idxs, device="cpu"),
+            root=torch.tensor(item.root_idxs, device="cpu"),
             sources=() if role == "producer" else tuple(i for i in inputs if i in keys),
             barrier=self._op_barrier(node, spatial) if module is None else self._layer_barrier(node, role, max(item.idxs)),
             op=_op(node),
@@ -206,6 +220,8 @@ class Graph:
         saved = node.grad_fn
         if op == "ConstantPadNd" and any(saved._saved_pad[2 * spatial :]):
             return "a shortcut pads its channels with zeros to a fixed width"
+        if op == "ConstantPadNd" and self._pads.other_than_zero:
+            return "the model pads with another value than zero"
         if op == "Slice" and not (spatial and 2 <= saved._saved_dim < len(saved._saved_self_sym_sizes)):
             return "the model slices channels at fixed places"
         if op == "Mean" and not (spatial and hasattr(saved, "_saved_dim") and not _mean_dims(saved) & {0, 1}):
@@ -248,8 +264,8 @@ def _torch_pruning() -> Any:
 class Seen:
     """What arrived at a layer: for each input channel whether it is one number everywhere and always, and that number."""
 
-    constant: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
-    value: Tensor = field(default_factory=lambda: torch.empty(0))
+    constant: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool, device="cpu"))
+    value: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
 
     def look(self, x: Tensor, dim: int) -> None:
         """Take one more input in. The last bits may differ: kernels treat the ends of rows their own way."""
@@ -343,7 +359,7 @@ def _places(coupling: Coupling, roots: Sequence[int]) -> dict[Place, set[int]]:
     places: dict[Place, set[int]] = {}
     for member in coupling.members:
         if member.module is not None and width_of(member.module, member.side):
-            channels = member.index[torch.isin(member.root, torch.tensor(roots))].tolist()
+            channels = member.index[torch.isin(member.root, torch.tensor(roots, device="cpu"))].tolist()
             places.setdefault((member.name, member.side), set()).update(channels)
     return {place: channels for place, channels in places.items() if channels}
 
@@ -428,7 +444,7 @@ def _through(coupling: Coupling, member: Member, flow: Mapping[int, Flow]) -> Fl
 
 def _merged(coupling: Coupling, member: Member, flow: Mapping[int, Flow]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return where all sources are free, even, zero, and where any is zero; only concatenations have sources elsewhere."""
-    sources, none = [flow[s] for s in member.sources if s in flow], torch.zeros(coupling.size, dtype=torch.bool)
+    sources, none = [flow[s] for s in member.sources if s in flow], torch.zeros(coupling.size, dtype=torch.bool, device="cpu")
     any_zero = reduce(or_, (s.zero for s in sources), none)
     if member.op == "Cat":
         there = reduce(or_, (s.here for s in sources), none)
@@ -445,12 +461,12 @@ def _unshifted(module: nn.Module) -> Tensor:
     """Tell for each output channel whether no bias is added."""
     if isinstance(module.bias, Tensor):
         return module.bias.detach().cpu() == 0
-    return torch.ones(width_of(module, OUTPUTS) or 0, dtype=torch.bool)
+    return torch.ones(width_of(module, OUTPUTS) or 0, dtype=torch.bool, device="cpu")
 
 
 def _over_roots(coupling: Coupling, member: Member, holds: Tensor | None) -> Tensor:
     """Turn a property of a member's channels (None: no channel has it) into one of the root's: all that go with it have it."""
-    result = torch.ones(coupling.size, dtype=torch.bool)
+    result = torch.ones(coupling.size, dtype=torch.bool, device="cpu")
     fails = slice(None) if holds is None or member.barrier else ~holds[member.index]
     result[member.root[fails]] = False
     return result
@@ -459,7 +475,8 @@ def _over_roots(coupling: Coupling, member: Member, holds: Tensor | None) -> Ten
 def constants(coupling: Coupling) -> list[tuple[Member, list[int]]]:
     """Return the layers whose output owes nothing to the model's input, and the channels where that is so."""
     flow = _flow(coupling)
-    layers = [m for m in coupling.members if m.key in flow and m.module is not None and m.role != "consumer"]
+    # where a layer is narrower than what it is combined with, channels are numbered beyond it
+    layers = [m for m in coupling.members if m.key in flow and m.module is not None and m.role != "consumer" and not m.barrier]
     return [(m, m.index[flow[m.key].free[m.root]].tolist()) for m in layers]
 
 
@@ -527,8 +544,8 @@ def _folds(coupling: Coupling, roots: Sequence[int], seen: Mapping[str, Seen]) -
     folds: dict[str, Tensor] = {}
     for member in coupling.members:
         if member.role == "consumer" and member.module is not None:
-            channels = member.index[torch.isin(member.root, torch.tensor(roots))]
+            channels = member.index[torch.isin(member.root, torch.tensor(roots, device="cpu"))]
             lost = channels[nonzero_slices(member.module, INPUTS)[channels]]
             if lost.numel() and bool((values := seen[member.name].value[lost]).any()):
-                folds[member.name] = torch.zeros(len(seen[member.name].value)).index_put((lost,), values.float())
+                folds[member.name] = torch.zeros(len(seen[member.name].value), device="cpu").index_put((lost,), values.float())
     return folds

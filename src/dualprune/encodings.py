@@ -146,7 +146,7 @@ def _read_planes(data: Array, width: int, count: int) -> npt.NDArray[np.int64]:
 
 def _scatter(layout: Layout, data: Array, where: Array) -> Tensor:
     """Zeros, with the values at the start of `data` put at `where`."""
-    dense = torch.zeros(layout.numel, dtype=DTYPES[layout.dtype])
+    dense = torch.zeros(layout.numel, dtype=DTYPES[layout.dtype], device="cpu")
     bits = dense.view(INTEGERS[layout.itemsize]).numpy()
     bits[where] = data[: layout.value_bytes].view(bits.dtype)
     return dense
@@ -174,7 +174,7 @@ def _dense_check(layout: Layout, size: int) -> None:
 def _dense_unpack(layout: Layout, data: bytearray) -> Tensor:
     dtype = DTYPES[layout.dtype]
     if not data:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     if dtype is torch.bool and (largest := np.frombuffer(data, np.uint8).max()) > 1:
         raise FormatError(f"a BOOL is 0 or 1, got {largest}")
     return torch.frombuffer(data, dtype=dtype)
@@ -361,7 +361,7 @@ def _read_codes(data: Array, width: int, count: int, most: int) -> tuple[float, 
 
 def _levels(layout: Layout, scale: float, codes: Array) -> Tensor:
     """0, −1, 1, −2, 2, … times Δ for the codes 0, 1, 2, 3, 4, …: a product in float32, rounded to the dtype."""
-    used = torch.arange(int(codes.max(initial=0)) + 1)
+    used = torch.arange(int(codes.max(initial=0)) + 1, device="cpu")
     levels = torch.where(used % 2 == 1, -(used + 1 >> 1), used >> 1).float().mul(scale).to(DTYPES[layout.dtype])
     if not bool(levels.isfinite().all()):
         raise FormatError(f"with the scale {scale} its grid leads out of the range of {layout.dtype}")

@@ -22,6 +22,7 @@ from dualprune.finish import forward_batch
 from dualprune.pattern import Pattern
 from dualprune.patterns import check_sparsity, parse_pattern
 from dualprune.quadratic import LayerMethod, Quadratic, layer_method
+from dualprune.scope import matches
 from dualprune.solvers.base import DualMethod
 
 logger = logging.getLogger("dualprune")
@@ -187,6 +188,8 @@ def _prune_layer(
     except NonFiniteError as error:
         raise NonFiniteError(f"{name}: {error}; it is left as it was, the blocks before it are pruned") from error
     W = solve(q)
+    if not bool(torch.isfinite(W).all()):
+        raise NonFiniteError(f"{name}: its pruned weights came out NaN or infinite; it is left as it was: raise damping")
     # what a method only keeps, and does not move, stays the same to the last bit
     weight.copy_(torch.where((W == q.W0) & (W != 0), weight.to(wide), W / q.scale))
     return LayerFit(name, int(torch.count_nonzero(weight)), weight.numel(), q.error(W))
@@ -276,7 +279,7 @@ def _find_layers(
 def _ignored(names: Sequence[str], globs: Iterable[str]) -> set[str]:
     ignored: set[str] = set()
     for glob in globs:
-        hit = {name for name in names if fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)}
+        hit = {name for name in names if matches(glob, name)}
         if not hit:
             raise DualpruneError(f"ignore: {glob!r} matches no linear layer or weight of the blocks{suggest(glob, names)}")
         ignored |= hit

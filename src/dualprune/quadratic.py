@@ -196,18 +196,21 @@ def refit(q: Quadratic, W: Tensor, iterations: int = 32) -> Tensor:
     Every row is a system of its own, with a step of its own (Meng et al. 2024, Algorithm 2, has one for all); the diagonal
     of H being one, they are preconditioned. The objective never rises.
     """
-    support, tiny = W != 0, torch.finfo(W.dtype).tiny
+    support, least = W != 0, torch.finfo(W.dtype)
     R = (q.W0 - W) @ q.H * support
     P, square = R, R.square().sum(1, keepdim=True)
-    first = float(square.sum())
+    first = square
     for _ in range(iterations):
         HP = P @ q.H * support
-        step = square / (P * HP).sum(1, keepdim=True).clamp_min(tiny)
+        bend = (P * HP).sum(1, keepdim=True)
+        # of a row that is done, and along which a singular H is flat, rounding is all that is left
+        open_ = (square > least.eps**2 * first) & (bend > 8 * least.eps * P.square().sum(1, keepdim=True))
+        step = torch.where(open_, square / bend.clamp_min(least.tiny), 0)
         W, R = W + step * P, R - step * HP
         last, square = square, R.square().sum(1, keepdim=True)
-        if float(square.sum()) <= 1e-10 * first:
+        if float(square.sum()) <= 1e-10 * float(first.sum()):
             break
-        P = R + square / last.clamp_min(tiny) * P
+        P = R + square / last.clamp_min(least.tiny) * P
     return torch.where(support, W, 0)
 
 

@@ -84,7 +84,8 @@ def snap(w: Tensor, bits: int) -> Tensor:
     Together with "keep the k largest magnitudes" this is the projection onto "at most k nonzeros, each on the grid".
 
     Args:
-        w: finite floats of 16, 32 or 64 bits, any shape; unchanged. A tensor on such a grid comes back bit for bit.
+        w: finite floats of 16, 32 or 64 bits, any shape; unchanged. A tensor on such a grid comes back bit for
+            bit (in 16 bits nearly always: its scale has to be found anew).
         bits: 2 to 8.
     """
     return nearest(w, fit_scale(w, bits), bits)
@@ -146,7 +147,7 @@ def find_grid(values: Tensor, bits: int = MOST_BITS) -> Grid | None:
     codes = (m / m[-1] * tops[:, None]).round()  # one row for every code the largest magnitude can have
     for _ in range(2):  # in 16 bits the largest is rounded itself, the mean over all is nearer to the scale
         codes = (m / _least_squares(m, codes)[:, None]).round()
-    scales = _candidates(magnitudes, codes).float()  # (3, tops): one of them fits if any does
+    scales = _candidates(magnitudes, codes)  # (candidates, tops): one of them fits if any does
     levels = (codes.float() * scales[..., None]).to(values.dtype)
     fits = (levels == magnitudes).all(-1) & (scales > 0) & (codes[:, -1] <= top)
     if not bool(fits.any()):
@@ -161,8 +162,9 @@ def _candidates(magnitudes: Tensor, codes: Tensor) -> Tensor:
     bits = magnitudes.view(INTEGERS[magnitudes.itemsize])
     below, above = ((m + (bits + step).view(magnitudes.dtype).double()) / 2 for step in (-1, 1))
     low, high = (below / q).amax(1), (above / q).amin(1)
-    tiny = 2.0**-23  # to the next float32 inside
-    return torch.stack([_least_squares(m, codes), low * (1 + tiny), high * (1 - tiny)])
+    ends = torch.stack([low, high]).float()
+    near = [torch.nextafter(ends, torch.full_like(ends, towards)) for towards in (0.0, math.inf)]
+    return torch.cat([_least_squares(m, codes).float()[None], ends, *near])
 
 
 def _least_squares(m: Tensor, codes: Tensor) -> Tensor:

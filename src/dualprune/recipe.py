@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, StringConstraints, ValidationError
 
 from dualprune.errors import DualpruneError, suggest
 from dualprune.recipe_tables import (
@@ -37,7 +37,7 @@ from dualprune.recipe_tables import (
 )
 from dualprune.toml_text import dump_toml, set_key, toml_key, toml_value
 
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", strip_whitespace=False)]
 SEEDS = 2**63  # what every generator takes
 
 
@@ -209,6 +209,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         DualpruneError: no such file, not TOML, an unknown key or an impossible value; the message has the position.
     """
     path = Path(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise DualpruneError(f"the recipe's name {str(path)!r} is not UTF-8, as results name it: rename it") from None
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -40,7 +40,7 @@ def make_folder(place: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         with atomic_write(place / ".writable") as temporary:
             temporary.write_bytes(b"ok")
-        (place / ".writable").unlink()
+        (place / ".writable").unlink(missing_ok=True)  # another run, started at the same time, was quicker
     except OSError as error:
         reason = f"{error.strerror or error}; choose another with --out"
         raise DualpruneError(f"cannot write the run folder {str(place)!r}: {reason}") from error

@@ -138,7 +138,7 @@ class _Spared:
         if ignore is not None:
             globs = [ignore] if isinstance(ignore, str) else list(ignore)
             _all_match(globs, names.homes, "ignore")
-            ignored = {home: "ignored" for name, home in names.homes.items() if any(_matches(g, name) for g in globs)}
+            ignored = {home: "ignored" for name, home in names.homes.items() if any(matches(g, name) for g in globs)}
             return cls(few, {}, {}, ignored, set(few))
         gains = _gains(model)
         no_layers = _beside_layers(model) | gains
@@ -296,7 +296,7 @@ def _require_pruned(
 ) -> None:
     for glob in globs:
         if not any(_matches_any(glob, (t.name, *t.aliases)) for t in targets):
-            name = next(home for n, home in names.items() if _matches(glob, n))
+            name = next(home for n, home in names.items() if matches(glob, n))
             raise DualpruneError(
                 f"bits: {glob!r} reaches nothing that is pruned: {name} is left alone, {skipped[name]}. To quantise without "
                 f"pruning it, give it sparsity 0: patterns={{{name!r}: 0.0}}"
@@ -358,18 +358,20 @@ def _check_tie(said: str, members: Sequence[Target]) -> None:
         )
 
 
-def _matches(glob: str, name: str) -> bool:
-    return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)
+def matches(glob: str, name: str) -> bool:
+    """Tell whether a glob means a parameter, by its own name or its module's."""
+    module = name.rpartition(".")[0]
+    return glob in (name, module) or fnmatchcase(name, glob) or fnmatchcase(module, glob)  # a name may have a [ in it
 
 
 def _matches_any(glob: str, names: Iterable[str]) -> bool:
-    return any(_matches(glob, name) for name in names)
+    return any(matches(glob, name) for name in names)
 
 
 def _all_match(globs: Sequence[str], names: Iterable[str], what: str) -> None:
     names = list(names)
     for glob in globs:
-        if not any(_matches(glob, name) for name in names):
+        if not any(matches(glob, name) for name in names):
             shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
             raise DualpruneError(f"{what}: {glob!r} matches no parameter{suggest(glob, names)} (parameters: {shown})")
 

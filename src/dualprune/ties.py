@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from dualprune.errors import DualpruneError
-from dualprune.scope import parameter_name
+from dualprune.scope import matches, parameter_name
 
 
 def tied_filters(model: nn.Module, example: Any, *, ignore: Iterable[str] = ()) -> list[list[str]]:
@@ -127,4 +126,4 @@ def _filters(module: nn.Module) -> int:
 
 
 def _named(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob) for glob in globs)
+    return any(matches(glob, name) for glob in globs)

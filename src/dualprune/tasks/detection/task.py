@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dualprune.errors import DataNotFoundError, DualpruneError, suggest
+from dualprune.errors import DataNotFoundError, DualpruneError
 from dualprune.tasks.base import Batch, Task, evaluating
 from dualprune.tasks.classification.models import load_weights
 from dualprune.tasks.detection import data as images
 from dualprune.tasks.detection.darknet import Head, build_network, network_names, read_darknet_weights
 from dualprune.tasks.detection.heads import Boxes, Gains, detect, detection_loss
 from dualprune.tasks.detection.metrics import average_precision
+from dualprune.tasks.options import read_options
 
 if TYPE_CHECKING:
     from dualprune.recipe_tables import OptimizerTable
@@ -32,31 +33,58 @@ _SHOWN = 0.3  # score from which a box is drawn
 _AUGMENT: dict[Any, images.Augment] = {True: "full", False: "none", "none": "none", "flip": "flip"}
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """``[model] options``: those of `build_network`, `partial` (weights of a backbone alone), `gains` (see `Gains`)."""
+
+    width: float = 1.0
+    classes: int | None = None
+    partial: bool = False
+    gains: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """``[data] options``: names of the splits, the measurement's least score and the overlap it allows, and `load_split`'s."""
+
+    train: str = "train2017"
+    test: str = "val2017"
+    confidence: float = 0.001
+    overlap: float = 0.6
+    size: int = 416
+    classes: int | list[str] | None = None
+    annotations: str | None = None
+    fit: images.Fit = "letterbox"
+    limit: int | None = None
+    cache: bool | None = None
+    workers: int = 4
+
+    def of_splits(self) -> dict[str, Any]:
+        """What `load_split` is told of both splits."""
+        own = ("train", "test", "confidence", "overlap")
+        return {key: value for key, value in asdict(self).items() if key not in own}
+
+
 class Detection(Task):
     """Boxes in images.
 
-    ``[model]`` name: a network of the package or a ``.cfg`` file; options: `width`, `partial` (weights of a backbone
-    alone) and `gains` (of the loss's parts). ``[data]`` name: "coco"; options: `train` and `test` (names of the splits),
-    those of `load_split`, and `confidence` and `overlap` of the measurement.
+    ``[model]`` name: a network of the package or a ``.cfg`` file. ``[data]`` name: "coco".
     """
 
     metrics = ("AP50", "AP50-95")
 
     def model(self, *, with_weights: bool = True) -> nn.Module:  # noqa: D102
-        table, options = self.recipe.model, dict(self.recipe.model.options)
-        partial = bool(options.pop("partial", False))
-        options.pop("gains", None)
-        _known("[model] options", options, ("width", "classes", "partial", "gains"))
-        options["classes"] = self._classes()
+        table, options = self.recipe.model, self._model_options
+        _ = self._gains  # wrong ones are told of before anything is trained
         torch.manual_seed(self.recipe.seed)
-        network = build_network(self._cfg(), **options)
+        network = build_network(self._cfg(), self._classes(), options.width)
         if table.pretrained:
             raise DualpruneError("[model] pretrained: darknet networks bring no weights; name a .weights file as weights")
         path = self.recipe.weights_path() if with_weights else None
         if path is not None and path.suffix == ".weights":
-            read_darknet_weights(network, path, partial=partial)
+            read_darknet_weights(network, path, partial=options.partial)
         elif path is not None:
-            load_weights(network, path, strict=not partial)
+            load_weights(network, path, strict=not options.partial)
         return network.to(self.device).to(memory_format=self.memory_format)
 
     def steps_per_epoch(self, batch_size: int) -> int:  # noqa: D102
@@ -85,7 +113,7 @@ class Detection(Task):
 
     def measure(self, model: nn.Module) -> dict[str, float]:  # noqa: D102
         everything = range(len(self.test))
-        truths, found = zip(*self._predict(model, everything, self._confidence), strict=True)
+        truths, found = zip(*self._predict(model, everything, self._data_options.confidence), strict=True)
         return average_precision(truths, found)
 
     def calibration(self, samples: int) -> Iterator[Any]:  # noqa: D102
@@ -125,27 +153,24 @@ class Detection(Task):
 
     @cached_property
     def _whole(self) -> tuple[images.DetectionSet, images.DetectionSet]:
-        options = self._data_options
-        own = {"train", "test", "confidence", "overlap"}
-        shared = {key: value for key, value in options.items() if key not in own}
-        root = self.recipe.data.root
-        train, test = options.get("train", "train2017"), options.get("test", "val2017")
-        data = images.load_split(train, root, **shared)
+        options, root = self._data_options, self.recipe.data.root
+        shared = options.of_splits()
+        data = images.load_split(options.train, root, **shared)
+        if options.test == options.train:
+            return data, data
         # classes have the training data's numbers, whatever the test data's own file says
-        return data, data if test == train else images.load_split(test, root, **{**shared, "classes": data.classes})
+        return data, images.load_split(options.test, root, **{**shared, "classes": data.classes})
 
-    @property
-    def _data_options(self) -> dict[str, Any]:
+    @cached_property
+    def _model_options(self) -> ModelOptions:
+        return read_options(ModelOptions, self.recipe.model.options, "[model] options")
+
+    @cached_property
+    def _data_options(self) -> DataOptions:
         table = self.recipe.data
         if table.name != "coco":
             raise DualpruneError(f"[data] name of detection is 'coco' (its layout; any images), got {table.name!r}")
-        known = [key for key, p in inspect.signature(images.load_split).parameters.items() if p.kind is p.KEYWORD_ONLY]
-        _known("[data] options", table.options, ("train", "test", "confidence", "overlap", *known))
-        return table.options
-
-    @property
-    def _confidence(self) -> float:
-        return float(self._data_options.get("confidence", 0.001))
+        return read_options(DataOptions, table.options, "[data] options")
 
     @cached_property
     def _heads(self) -> Sequence[Head]:
@@ -155,13 +180,11 @@ class Detection(Task):
 
     @cached_property
     def _gains(self) -> Gains:
-        gains = self.recipe.model.options.get("gains", {})
-        _known("[model] options.gains", gains, tuple(Gains.__dataclass_fields__))
-        return Gains(**gains)
+        return read_options(Gains, self._model_options.gains, "[model] options.gains")
 
     def _classes(self) -> int | None:
         """How many classes are asked for, or else the data have; None where data are not at hand: the network has its own."""
-        asked: int | None = self.recipe.model.options.get("classes")
+        asked = self._model_options.classes
         try:
             there = len(self.train.classes)
         except DataNotFoundError:
@@ -187,7 +210,7 @@ class Detection(Task):
     @torch.no_grad()
     def _predict(self, model: nn.Module, indices: Sequence[int], confidence: float) -> Iterator[tuple[Boxes, Boxes]]:
         """Yield (true, found) boxes of each image, in its own pixels; every module's mode comes back."""
-        limits: dict[str, Any] = {"confidence": confidence, "overlap": float(self._data_options.get("overlap", 0.6))}
+        limits: dict[str, Any] = {"confidence": confidence, "overlap": self._data_options.overlap}
         labels = iter([self.test.labels[i] for i in indices])
         draws = [indices[at : at + _BATCH] for at in range(0, len(indices), _BATCH)]
         with evaluating(model):
@@ -232,9 +255,3 @@ def draw_boxes(path: Path, truth: Boxes, found: Boxes, classes: Sequence[str]) -
         pen.rectangle(pen.textbbox(at, text), fill=colour)
         pen.text(at, text, fill="black")
     return np.array(picture)
-
-
-def _known(where: str, given: dict[str, Any], known: Sequence[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise DualpruneError(f"{where}: unknown key {key!r}{suggest(key, known)}; known are {', '.join(known)}")
