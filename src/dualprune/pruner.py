@@ -515,8 +515,8 @@ class Pruner:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise DualpruneError(
-            "a pruner is not copied or pickled: its hooks are on one optimizer. Keep it outside of what is copied; for a copy of "
-            "the model make an optimizer, attach again and load_state_dict(pruner.state_dict())"
+            "a pruner is not copied or pickled: its hooks are on one optimizer. Keep it outside of what is copied; for a copy "
+            "of the model make an optimizer, attach again and load_state_dict(pruner.state_dict())"
         )
 
     @property
