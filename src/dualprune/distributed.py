@@ -363,11 +363,9 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def stale(model: nn.Module, weights: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of weights that `fully_shard` has replaced since they were taken from the model."""
-    if not any(True for _ in _fully_sharded(model)):
-        return []
-    return [name for name, w in weights.items() if not hasattr(w, "to_local") and named.get(name) is not w]
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Tell whether `fully_shard` has been at the model, or at a part of it."""
+    return any(True for _ in _fully_sharded(model))
 
 
 def _fully_sharded(model: nn.Module) -> Iterator[Any]:

@@ -533,15 +533,15 @@ class Pruner:
         }
 
     def _require_own_weights(self) -> None:
-        weights = {t.name: t.weight for t in self.problem.targets}
-        named = {parameter_name(name): p for name, p in self.model.named_parameters()}
-        if gone := distributed.stale(self.model, weights, named):
+        owned = {id(p) for p in self.model.parameters()}
+        # a sharded weight is not among them while fully_shard has put the gathered one in its place
+        gone = [t.name for t in self.problem.targets if not hasattr(t.weight, "to_local") and id(t.weight) not in owned]
+        if gone and distributed.is_fully_sharded(self.model):
             raise DualpruneError(
                 f"{gone[0]} is no longer the model's: fully_shard has replaced its parameters since attach(). Call "
                 "fully_shard first, then make the optimizer, then attach"
             )
-        owned = {id(p) for p in named.values()}
-        if gone := [name for name, w in weights.items() if not hasattr(w, "to_local") and id(w) not in owned]:
+        if gone:
             raise DualpruneError(
                 f"{gone[0]} is no longer the model's: it was replaced since attach(), as load_state_dict(assign=True), a "
                 "parametrization or a new module does. Copy values in place (without assign), or replace it first, then make "
