@@ -522,6 +522,25 @@ def test_bfloat16_and_channels_last(dropout_net):
     assert {weight.dtype for weight in weights.values()} == {torch.float32, torch.int64}
 
 
+@pytest.mark.parametrize(
+    ("has", "precision", "warned"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, "bfloat16", True),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, "float32", False),
+        ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, "bfloat16", False),
+        ({"architecture": "arm64"}, "bfloat16", False),
+    ],
+)
+def test_bfloat16_without_instructions_for_it_is_said_to_be_slow(has, precision, warned, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    said = []
+    progress = Silent()
+    progress.note = said.append
+    recipe = parse_recipe(TINY, [f"training.precision={precision}", "training.epochs=1"])
+    run(recipe, "oneshot", out=tmp_path, progress=progress)
+    assert any("no bfloat16 instructions" in note and "training.precision=float32" in note for note in said) is warned
+
+
 def test_distillation_adds_the_softened_divergence_from_the_dense_answers(tiny):
     taught = parse_recipe(TINY, ["training.distill={weight=0.7,temperature=3}"])
     task, plain = build_task(taught), build_task(tiny)

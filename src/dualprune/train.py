@@ -158,11 +158,21 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return torch.device(wanted)
 
 
+def bfloat16_is_spelt_out(device: torch.device) -> bool:
+    """Whether the processor has no instructions for bfloat16, so that its arithmetic takes longer than float32's."""
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # not in PyTorch 2.5
+        return False
+    has = torch.cpu.get_capabilities()
+    return has.get("architecture") == "x86_64" and not (has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
 # --- one run ------------------------------------------------------------------------------------------------
 
 
 def _run(job: Job, tensorboard: bool) -> dict[str, Any]:
     recipe, task = job.recipe, job.task
+    if recipe.training.precision == "bfloat16" and bfloat16_is_spelt_out(task.device):
+        job.progress.note("this processor has no bfloat16 instructions: --set training.precision=float32 is likely faster")
     spe, epochs = task.steps_per_epoch(recipe.training.batch_size), recipe.epochs(job.label)
     if recipe.method(job.label).build().sharpness:
         spe = halved(spe)
