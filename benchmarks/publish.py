@@ -7,7 +7,7 @@
 
 A recipe folder alone gives a table, figures and the weights of one method; `--table` puts several into one table. Every
 number comes from the runs' own result.json; nothing is typed by hand. Unfinished runs are left out, and so are runs on
-the validation split. A method for which only the paper has a number has a row without ours. A table may grow over several
+the validation split. A method for which only the paper has a number has a row without ours. Results may grow over several
 machines: with `--keep`, runs that results/NAME.json already has and the folders have not stay in it.
 """
 
@@ -74,33 +74,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="recipe folders under runs/")
     parser.add_argument("--table", metavar="NAME", help="put all folders into one table, at this marker of docs/results.md")
-    parser.add_argument("--keep", action="store_true", help="with --table: runs that are published and in no folder stay")
+    parser.add_argument("--keep", action="store_true", help="runs that are published and in no folder stay")
     parser.add_argument("--sizes", action="store_true", help="with stored bytes, bits and weights kept")
     parser.add_argument("--weights", metavar="LABEL", help="copy this method's weights (first seed); slr for a recipe alone")
     parser.add_argument("--also", nargs=2, metavar=("TITLE", "KEY=VALUE"), help="measure the weights with this setting too")
     given = parser.parse_args()
     if given.table:
         publish_table(given.table, given.folders, keep=given.keep, sizes=given.sizes, weights=given.weights, also=given.also)
-    elif given.keep:
-        raise SystemExit("--keep goes with --table NAME; a recipe alone has figures, which are drawn from its folder")
     else:
         for folder in given.folders:
-            publish(folder, sizes=given.sizes, weights=given.weights or "slr")
+            publish(folder, keep=given.keep, sizes=given.sizes, weights=given.weights or "slr")
 
 
-def publish(folder: Path, *, sizes: bool = False, weights: str = "slr") -> None:
-    """Publish one recipe's runs: its table with figures and held-out scores, its histories, one method's weights."""
-    recipe = read_recipe(folder)
+def publish(folder: Path, *, keep: bool = False, sizes: bool = False, weights: str = "slr") -> None:
+    """Publish one recipe's runs: its table with figures and held-out scores, its histories, one method's weights.
+
+    `keep` adds the runs that are published already.
+    """
+    given = recipe = read_recipe(folder)
     if not recipe.runs and recipe.tune is None:
         raise SystemExit(f"{folder}: no finished run (<label>-seed<n>/result.json) and no tune.json in it")
     target = ROOT / "results" / f"{folder.name}.json"
+    if keep:
+        (recipe,) = with_published(target, [recipe])
     write_json(target, {"recipe": folder.name, "tune": recipe.tune, "paper": recipe.paper, "runs": recipe.runs})
     if recipe.runs:
         table = markdown([recipe], sizes=sizes)
         if recipe.tune:
             table += "\n" + held_out(recipe.tune)
         insert(ROOT / "docs" / "results.md", folder.name, "\n\n".join([table, *draw(folder.name, recipe.runs)]))
-        copy_weights(recipe, weights)
+        copy_weights(given, weights)
         print(table)
     print(f"wrote {target.relative_to(ROOT)}")
 
@@ -224,14 +227,16 @@ def published_runs(old: Mapping[str, Any]) -> RecipeRuns:
     if not of_name:
         raise SystemExit(f"published runs are of {old['recipe']}, but recipes/ has it no more")
     methods = tuple(tomllib.loads(of_name[0].read_text()).get("methods", {}))
-    runs = [{"history": [], "paper": old["paper"], **run, "curve": rows_of(run["curve"])} for run in old["runs"]]
+    runs = [
+        run | {"paper": old["paper"], "curve": rows_of(run["curve"]), "history": run.get("history", [])} for run in old["runs"]
+    ]
     return RecipeRuns(Path(old["recipe"]), runs, old["tune"], old["paper"], methods, old.get("bits"))
 
 
 def with_published(file: Path, recipes: Sequence[RecipeRuns]) -> list[RecipeRuns]:
     """Return what `file` has published, in its order, and `recipes`, whose runs replace those of the same label and seed."""
     if not file.exists():
-        raise SystemExit(f"--keep: there is no {file} yet; publish the table without --keep first")
+        raise SystemExit(f"--keep: there is no {file} yet; publish without --keep first")
     new = {recipe.name: recipe for recipe in recipes}
     merged = [joined(old, new.pop(old.name, None)) for old in read_results(file)]
     return [*merged, *new.values()]

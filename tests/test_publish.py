@@ -238,9 +238,28 @@ def test_a_table_grows_by_runs_of_another_machine(publish: Any, tmp_path: Path) 
     assert (shown(tmp_path), (tmp_path / "results/t.json").read_text()) == alone != before
 
 
+def test_a_recipe_alone_grows_by_runs_of_another_machine(publish: Any, tmp_path: Path) -> None:
+    here, there = tmp_path / "runs", tmp_path / "of another machine"
+    write_text(tmp_path / "docs/results.md", "before\n<!-- begin a-2x -->\nNot run yet.\n<!-- end a-2x -->\nafter\n")
+    make_run(there, "a-2x", "slr", 1, 90.0)
+    publish.publish(there / "a-2x")
+    curve = (tmp_path / "docs/figures/a-2x-fig1.svg").read_text()
+    make_run(here, "a-2x", "gradual", 1, 91.0)
+    publish.publish(here / "a-2x", keep=True)
+    assert [(row["method"], row["after cutting: top-1 %"]) for row in table(shown(tmp_path))] == [
+        ("dense, not pruned", "95.00"), ("gradual", "91.00"), ("slr", "90.00"),
+    ]  # fmt: skip
+    both = (tmp_path / "results/a-2x.json").read_text()
+    assert [run["history"] for run in json.loads(both)["runs"]] == [[{"step": 1, "update": 1}]] * 2
+    assert (tmp_path / "results/a-2x.safetensors").read_text() == "slr 1"  # stays, as this folder has no slr
+    assert (tmp_path / "docs/figures/a-2x-fig1.svg").read_text() != curve
+    publish.publish(there / "a-2x", keep=True)
+    assert (tmp_path / "results/a-2x.json").read_text() == both
+
+
 def test_runs_from_another_dense_model_do_not_join_a_table(publish: Any, tmp_path: Path) -> None:
     make_run(tmp_path / "runs", "a-2x", "slr", 1, 90.0)
-    with pytest.raises(SystemExit, match=r"there is no .*t\.json yet; publish the table without --keep"):
+    with pytest.raises(SystemExit, match=r"there is no .*t\.json yet; publish without --keep"):
         publish.publish_table("t", [tmp_path / "runs/a-2x"], keep=True)
     publish.publish_table("t", [tmp_path / "runs/a-2x"])
     make_run(tmp_path / "other", "a-2x", "admm", 1, 80.0, metrics={"dense": {"top-1": 94.0}, "cut": {"top-1": 80.0}})
