@@ -227,9 +227,8 @@ def published_runs(old: Mapping[str, Any]) -> RecipeRuns:
     if not of_name:
         raise SystemExit(f"published runs are of {old['recipe']}, but recipes/ has it no more")
     methods = tuple(tomllib.loads(of_name[0].read_text()).get("methods", {}))
-    runs = [
-        run | {"paper": old["paper"], "curve": rows_of(run["curve"]), "history": run.get("history", [])} for run in old["runs"]
-    ]
+    of_table = {"paper": old["paper"], "history": []}  # what the runs of a table's JSON lack
+    runs = [of_table | run | {"curve": rows_of(run["curve"])} for run in old["runs"]]
     return RecipeRuns(Path(old["recipe"]), runs, old["tune"], old["paper"], methods, old.get("bits"))
 
 

@@ -249,12 +249,12 @@ def test_a_recipe_alone_grows_by_runs_of_another_machine(publish: Any, tmp_path:
     assert [(row["method"], row["after cutting: top-1 %"]) for row in table(shown(tmp_path))] == [
         ("dense, not pruned", "95.00"), ("gradual", "91.00"), ("slr", "90.00"),
     ]  # fmt: skip
-    both = (tmp_path / "results/a-2x.json").read_text()
-    assert [run["history"] for run in json.loads(both)["runs"]] == [[{"step": 1, "update": 1}]] * 2
+    both = json.loads((tmp_path / "results/a-2x.json").read_text())
+    assert [run["history"] for run in both["runs"]] == [[{"step": 1, "update": 1}]] * 2
     assert (tmp_path / "results/a-2x.safetensors").read_text() == "slr 1"  # stays, as this folder has no slr
     assert (tmp_path / "docs/figures/a-2x-fig1.svg").read_text() != curve
     publish.publish(there / "a-2x", keep=True)
-    assert (tmp_path / "results/a-2x.json").read_text() == both
+    assert json.loads((tmp_path / "results/a-2x.json").read_text()) == both
 
 
 def test_runs_from_another_dense_model_do_not_join_a_table(publish: Any, tmp_path: Path) -> None:
