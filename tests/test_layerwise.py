@@ -120,8 +120,9 @@ def test_refit_stops_where_fewer_inputs_than_weights_leave_h_flat(name, damping)
         torch.manual_seed(seed)
         x, w = torch.randn(8, 16), torch.randn(16, 16)
         q = Quadratic.of(w, x.T @ x, Unstructured(), 0.5, damping)
-        W = layer_method(name, q.pattern)(q)
-        assert bool(torch.isfinite(W).all()) and q.error(W) <= q.error(layer_method(name, q.pattern, False)(q)) * (1 + 1e-4)
+        W, plain = layer_method(name, q.pattern)(q), layer_method(name, q.pattern, False)(q)
+        rounding = torch.finfo(W.dtype).eps  # of the layer's energy, by which errors are divided
+        assert bool(torch.isfinite(W).all()) and q.error(W) <= q.error(plain) * (1 + 1e-4) + rounding
 
 
 def test_sparsegpt_on_uncorrelated_inputs_keeps_the_largest_weight_times_norm_and_changes_nothing():

@@ -194,7 +194,7 @@ def refit(q: Quadratic, W: Tensor, iterations: int = 32) -> Tensor:
     """Return the least-squares weights on the support of `W`, by conjugate gradients on all rows at once.
 
     Every row is a system of its own, with a step of its own (Meng et al. 2024, Algorithm 2, has one for all); the diagonal
-    of H being one, they are preconditioned. The objective never rises.
+    of H being one, they are preconditioned. The objective never rises by more than rounding.
     """
     support, least = W != 0, torch.finfo(W.dtype)
     R = (q.W0 - W) @ q.H * support
