@@ -120,6 +120,15 @@ def test_the_command_of_a_tuned_run_makes_that_run(tmp_path, monkeypatch):
     assert trial["command"].endswith(" --split validation")
 
 
+def test_a_trial_ends_at_the_cut(tmp_path):
+    recipe = parse_recipe(TINY_RECIPE, ["training.epochs=1", "prune.retrain_epochs=2"])
+    tune(recipe, ["slr"], [0.05], out=tmp_path)
+    trial = json.loads(next((tmp_path / "tiny/tune").glob("*/slr-seed0/result.json")).read_text())
+    assert trial["cut"] is not None and trial["retrained"] is None and trial["retrain_epochs"] == 0
+    (row,) = compare(recipe, ["slr"], out=tmp_path, tuned=True)["rows"]
+    assert row["retrained"] is not None, "what was chosen is retrained"
+
+
 def test_a_file_of_an_earlier_version_is_read(tmp_path):
     recipe = parse_recipe(TINY_RECIPE)
     (tmp_path / "tiny").mkdir()

@@ -6,7 +6,8 @@ A cell is a recipe in benchmarks/arena/cells. For every method: its trials on im
 the chosen settings on the test set (seeds 1, 2, 3), right after the cut and after two epochs under the masks. Finished
 runs are never redone and broken ones go on, so the same command goes on after any interruption. After every method
 results/arena/<cell>.json and the tables of docs/arena.md are written. A method that fails is reported and the rest goes on;
-the exit code is then 1. A cell of CIFAR-10 or MNIST has a small twin, `<cell>-small`, whose epochs are of 10,000 images.
+the exit code is then 1. A cell of CIFAR-10 or MNIST has a small twin, `<cell>-small`, whose epochs are of 10,000 images,
+in float32: what has bfloat16 arithmetic and what has not then add rows to the same table.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def load_cell(name: str, cells: Path = CELLS) -> Recipe:
     changes = [f"name={name}", f"description={json.dumps(description)}", f"data.options.subset={SMALL_IMAGES}"]
     # more held out, as there is less to choose on; and no cut measured on the way, which takes a third of such an epoch
     changes += ["data.validation=0.2", f"training.measure_every={math.ceil(recipe.training.epochs)}"]
+    changes += ["training.precision=float32"]  # a cell takes days of many processors, and not all have bfloat16
     return load_recipe(cells / f"{full}.toml", changes)
 
 
@@ -160,7 +162,7 @@ def run_pat(
     trials = {f"{trial['lr']:g}, heal {trial['heal']:g}": trial for trial in pat.trials(recipe)}
     for name, trial in trials.items():
         folder = place / "tune" / f"lr{trial['lr']:g}-heal-{trial['heal']:g}"
-        scores[name] = [pat.run(recipe, trial, recipe.seed, folder, split="validation", **options)["cut"]]
+        scores[name] = [pat.run(recipe.without_retraining(), trial, recipe.seed, folder, split="validation", **options)["cut"]]
     best = trials[max(scores, key=lambda name: statistics.fmean(scores[name]))]
     runs = [pat.run(recipe, best, seed, place, **options) for seed in seeds]
     choice = {"lr": best["lr"], "settings": best, "scores": scores}

@@ -91,7 +91,8 @@ def tune(
 ) -> dict[str, Any]:
     """Choose each method's settings on training images held out for it, and write tune.json.
 
-    A one-shot cut has nothing to choose and is left out. The test set is not touched.
+    A trial ends at the cut: nothing is retrained. A one-shot cut has nothing to choose and is left out. The test set is not
+    touched.
 
     Args:
         recipe: What to run.
@@ -125,7 +126,7 @@ def tune(
     for label in labels:
         scores: dict[str, list[float | None]] = {}
         for name, trial in trials[label].items():
-            tried, place = recipe.with_trial(label, trial), root / "tune" / _folder(name)
+            tried, place = recipe.with_trial(label, trial).without_retraining(), root / "tune" / _folder(name)
             runs = [_run_or_none(tried, label, seed=seed, folder=place, **settings) for seed in seeds]
             scores[name] = [None if result is None else result["cut"] for result in runs]
         means = {name: mean for name, values in scores.items() if (mean := _mean(values)) is not None}

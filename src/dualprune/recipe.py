@@ -99,6 +99,14 @@ class Recipe(Table):
         """This recipe with a trial's keys for one method: lr, updates_per_epoch, importance and fields of its solver."""
         return self._with(label, self.method(label).with_trial(trial), trial)
 
+    def without_retraining(self) -> Recipe:
+        """This recipe up to the cut, which is all that a choice of settings looks at."""
+        if not self.prune.retrain_epochs:
+            return self
+        changed = self.model_copy(update={"prune": self.prune.model_copy(update={"retrain_epochs": 0})})
+        changed._origin = replace(self._origin, overrides=(*self._origin.overrides, "prune.retrain_epochs=0"))
+        return changed
+
     def _with(self, label: str, table: MethodTable, settings: Mapping[str, Any]) -> Recipe:
         changed = self.model_copy(update={"methods": {**self.methods, label: table}})
         set_ = [f"methods.{toml_key(label)}.{toml_key(key)}={toml_value(value)}" for key, value in settings.items()]
