@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import dualprune.train
 from dualprune.errors import DualpruneError
 from dualprune.progress import Silent
 from dualprune.recipe import digest, load_recipe, parse_recipe
+from dualprune.run_folder import Diverged
 from dualprune.scope import build_problem
 from helpers import TINY_RECIPE, same_bits, tiny_net, train
 
@@ -42,6 +44,7 @@ ROW = {
     "peak_memory_mb": 512.4,
     "metric": "top-1 %",
     "choice": None,
+    "diverged": [],
 }
 
 
@@ -108,6 +111,7 @@ def test_the_page_says_what_is_best_and_what_is_not_run_yet(arena, empty):
     lines = arena.section(recipe, rows).splitlines()
     assert "| oneshot | 50.00 ± 0.50 | **90.00** | 3 | 5.0× | 0.1 | 1.5 | 512 | – |" in lines
     assert "| gradual | **80.00 ± 0.50** | **90.00** | 3 | 5.0× | 0.1 | 1.5 | 512 | rho 0.1→1 |" in lines
+    assert "| 2, and 1 diverged |" in arena.section(recipe, [ROW | {"label": "gradual", "n": 2, "diverged": [1]}])
     assert lines[-1].startswith("| pat | not run yet |") and lines[-1].count("|") == lines[4].count("|")
 
 
@@ -142,6 +146,48 @@ def test_a_method_that_fails_is_reported_and_the_rest_goes_on(arena, empty, caps
     monkeypatch.setattr(sys, "argv", ["run.py", "--cells", "lenet5-100x", "--methods", "slr"])
     with pytest.raises(SystemExit, match="unequal budgets"):
         arena.main()
+
+
+@pytest.mark.parametrize("label", ["gradual", "pat"])
+def test_a_run_that_diverges_is_counted(arena, empty, monkeypatch, label):
+    """Seed 1 does: what the runs were made on is then read from the next one."""
+    pytest.importorskip("torchao")
+    module, name = (arena.pat, "run") if label == "pat" else (dualprune.train, "run")
+    real = getattr(module, name)
+
+    def run(*args, **settings):
+        if settings.get("split", "test") == "test" and 1 in (settings.get("seed"), *args[2:3]):
+            raise Diverged("the loss is nan")
+        return real(*args, **settings)
+
+    monkeypatch.setattr(module, name, run)
+    recipe = parse_recipe(SMALL, ["training.epochs=1"])
+    (row,) = arena.run_cell(recipe, [label], [1, 2], empty / "runs", root=empty, device="cpu")["rows"]
+    assert (row["seeds"], row["diverged"], row["n"], row["std"]) == ([2], [1], 1, None)
+    assert row["mean"] == row["cut"][0] and row["device"].startswith("cpu")
+    with pytest.raises(DualpruneError, match=f"tiny: {label} failed"):
+        arena.run_cell(recipe, [label], [1], empty / "elsewhere", root=empty, device="cpu")
+
+
+def test_trials_of_pat_that_diverge_are_passed_over(arena, empty, monkeypatch, capsys):
+    pytest.importorskip("torchao")
+    recipe = parse_recipe(SMALL, ["training.epochs=1"])
+    real = arena.pat.run
+
+    def run(recipe, trial, *args, **settings):
+        if trial["lr"] == 0.1 or not healthy:
+            raise Diverged("the loss is nan")
+        return real(recipe, trial, *args, **settings)
+
+    monkeypatch.setattr(arena.pat, "run", run)
+    monkeypatch.setattr(arena.pat, "trials", lambda _: [{"lr": 0.1, "heal": 0.75}, {"lr": 0.05, "heal": 0.75}])
+    healthy = True
+    (row,) = arena.run_cell(recipe, ["pat"], [1], empty / "runs", root=empty, device="cpu")["rows"]
+    assert row["lr"] == 0.05 and row["choice"]["scores"]["0.1, heal 0.75"] == [None]
+    healthy = False
+    with pytest.raises(DualpruneError, match="tiny: pat failed"):
+        arena.run_cell(recipe, ["pat"], [1], empty / "runs", root=empty, device="cpu")
+    assert "every trial of 'pat' diverged (0.1, heal 0.75; 0.05, heal 0.75)" in capsys.readouterr().err
 
 
 UNEQUAL = SMALL + '[methods.slow]\nkind = "gradual"\nepochs = 9\n'

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import signal
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,12 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dualprune.compare import check_budgets, compare, summarise, tune
+from dualprune.compare import check_budgets, compare, summarise, tune, unless_diverged
 from dualprune.errors import DualpruneError
 from dualprune.files import write_json, write_text
 from dualprune.loop import Interrupted
 from dualprune.progress import Lines, Progress
 from dualprune.recipe import Recipe, load_recipe
+from dualprune.run_folder import RunError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pat
@@ -149,7 +149,7 @@ def run_method(
     tuned = recipe.epochs(label) > 0  # a one-shot cut has nothing to choose
     choice = tune(recipe, [label], **settings)["methods"][label] if tuned else None
     (row,) = compare(recipe, [label], seeds, tuned=tuned, **settings)["rows"]
-    return row | {"choice": choice} | provenance(out / recipe.name / f"{label}-seed{seeds[0]}")
+    return row | {"choice": choice} | provenance(out / recipe.name, row)
 
 
 def run_pat(
@@ -158,20 +158,28 @@ def run_pat(
     """`run_method` for PAT."""
     place = out / recipe.name
     options: dict[str, Any] = {"dense_folder": place, "device": device, "progress": progress}
-    scores: dict[str, list[float]] = {}
+    scores: dict[str, list[float | None]] = {}
     trials = {f"{trial['lr']:g}, heal {trial['heal']:g}": trial for trial in pat.trials(recipe)}
+    cutting = recipe.without_retraining()
     for name, trial in trials.items():
         folder = place / "tune" / f"lr{trial['lr']:g}-heal-{trial['heal']:g}"
-        scores[name] = [pat.run(recipe.without_retraining(), trial, recipe.seed, folder, split="validation", **options)["cut"]]
-    best = trials[max(scores, key=lambda name: statistics.fmean(scores[name]))]
-    runs = [pat.run(recipe, best, seed, place, **options) for seed in seeds]
-    choice = {"lr": best["lr"], "settings": best, "scores": scores}
-    return summarise(recipe, pat.LABEL, runs) | {"choice": choice} | provenance(place / f"{pat.LABEL}-seed{seeds[0]}")
+        tried = unless_diverged(partial(pat.run, cutting, trial, recipe.seed, folder, split="validation", **options), progress)
+        scores[name] = [None if tried is None else tried["cut"]]
+    finished = {name: score for name, (score,) in scores.items() if score is not None}
+    if not finished:
+        raise RunError(f"every trial of {pat.LABEL!r} diverged ({'; '.join(scores)})")
+    best = trials[max(finished, key=lambda name: finished[name])]
+    runs = {seed: unless_diverged(partial(pat.run, recipe, best, seed, place, **options), progress) for seed in seeds}
+    row = summarise(recipe, pat.LABEL, [result for result in runs.values() if result is not None])
+    row |= {"diverged": [seed for seed, result in runs.items() if result is None]}
+    return row | {"choice": {"lr": best["lr"], "settings": best, "scores": scores}} | provenance(place, row)
 
 
-def provenance(place: Path) -> dict[str, Any]:
-    """Return on what a run was made, from its result.json."""
-    result = json.loads((place / "result.json").read_text(encoding="utf-8"))
+def provenance(root: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return on what a method's runs were made, from the result.json of the first that did not diverge."""
+    if not row["seeds"]:
+        raise RunError(f"all runs of {row['label']!r} by the chosen settings diverged; give it lower learning rates")
+    result = json.loads((root / f"{row['label']}-seed{row['seeds'][0]}" / "result.json").read_text(encoding="utf-8"))
     return {key: result[key] for key in ("metric", "versions", "device", "recipe_sha256")}
 
 
@@ -220,7 +228,7 @@ def row_cells(row: Mapping[str, Any], bests: Mapping[str, float | None]) -> list
     return [
         figure(row["mean"], row["std"], bests["mean"]),
         figure(row["retrained"], row["retrained_std"], bests["retrained"]),
-        str(row["n"]),
+        f"{row['n']}" + (f", and {len(row['diverged'])} diverged" if row["diverged"] else ""),
         f"{row['rate']:.1f}×",
         f"{row['lr']:g}" if row["lr"] else "–",
         f"{row['seconds_mean'] / 60:.1f}",

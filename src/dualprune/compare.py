@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,12 +198,17 @@ def tuning_table(table: dict[str, Any]) -> Table:
 
 
 def _run_or_none(recipe: Recipe, label: str, *, progress: Progress | None, **settings: Any) -> dict[str, Any] | None:
-    """The result of a run, or None if it diverged, which is a result too: others go on."""
-    from dualprune.run_folder import Diverged
     from dualprune.train import run
 
+    return unless_diverged(partial(run, recipe, label, progress=progress, **settings), progress)
+
+
+def unless_diverged(go: Callable[[], dict[str, Any]], progress: Progress | None) -> dict[str, Any] | None:
+    """The result of a run, or None if it diverged, which is a result too: others go on."""
+    from dualprune.run_folder import Diverged
+
     try:
-        return run(recipe, label, progress=progress, **settings)
+        return go()
     except Diverged as error:
         if progress is not None:
             progress.note(f"diverged, going on without it: {error}")
