@@ -69,7 +69,8 @@ def test_every_cell_tunes_all_alike_and_retrains(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem and recipe.prune.retrain_epochs == 2
     counts = {label: len(table.trials) for label, table in recipe.methods.items()}
-    assert set(counts) >= {"oneshot", "gradual", "gradual-geometric", "admm", "admm-published", "slr", "reweighted", "acdc", "safe"}
+    expected = {"oneshot", "gradual", "gradual-geometric", "admm", "admm-published", "slr", "reweighted", "acdc", "safe"}
+    assert set(counts) >= expected
     assert {label: n for label, n in counts.items() if n != 6} == {"oneshot": 0}
     assert {key for trial in recipe.method("slr").trials for key in trial} == {"lr"}, "SLR's default is what is tested"
     assert not any(recipe.method(label).epochs for label in recipe.methods)
@@ -111,6 +112,8 @@ def test_the_page_says_what_is_best_and_what_is_not_run_yet(arena, empty):
     lines = arena.section(recipe, rows).splitlines()
     assert "| oneshot | 50.00 ± 0.50 | **90.00** | 3 | 5.0× | 0.1 | 1.5 | 512 | – |" in lines
     assert "| gradual | **80.00 ± 0.50** | **90.00** | 3 | 5.0× | 0.1 | 1.5 | 512 | rho 0.1→1 |" in lines
+    closing = [ROW | {"label": "gradual", "choice": {"settings": {"lr": 0.1, "ramp": 0.6, "rho": {"closing": 4.0}}}}]
+    assert "| ramp 0.6, rho closing 4 |" in arena.section(recipe, closing)
     assert "| 2, and 1 diverged |" in arena.section(recipe, [ROW | {"label": "gradual", "n": 2, "diverged": [1]}])
     assert lines[-1].startswith("| pat | not run yet |") and lines[-1].count("|") == lines[4].count("|")
 

@@ -246,8 +246,10 @@ def figure(mean: float | None, std: float | None, best: float | None) -> str:
 
 
 def short(value: Any) -> str:
-    """Return a setting in few characters: a schedule as ``0.1→1``."""
-    return f"{value['start']:g}→{value['end']:g}" if isinstance(value, Mapping) else f"{value}"
+    """Return a setting in few characters: a schedule as ``0.1→1``, another table as ``closing 4``."""
+    if not isinstance(value, Mapping):
+        return f"{value}"
+    return f"{value['start']:g}→{value['end']:g}" if "start" in value else ", ".join(f"{key} {v:g}" for key, v in value.items())
 
 
 if __name__ == "__main__":
