@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dualprune.compare import check_budgets, compare, summarise, tune, unless_diverged
+from dualprune.compare import best_trial, check_budgets, compare, summarise, tune, unless_diverged
 from dualprune.errors import DualpruneError
 from dualprune.files import write_json, write_text
 from dualprune.loop import Interrupted
@@ -165,13 +165,9 @@ def run_pat(
         folder = place / "tune" / f"lr{trial['lr']:g}-heal-{trial['heal']:g}"
         tried = unless_diverged(partial(pat.run, cutting, trial, recipe.seed, folder, split="validation", **options), progress)
         scores[name] = [None if tried is None else tried["cut"]]
-    finished = {name: score for name, (score,) in scores.items() if score is not None}
-    if not finished:
-        raise RunError(f"every trial of {pat.LABEL!r} diverged ({'; '.join(scores)})")
-    best = trials[max(finished, key=lambda name: finished[name])]
+    best = trials[best_trial(pat.LABEL, scores)]
     runs = {seed: unless_diverged(partial(pat.run, recipe, best, seed, place, **options), progress) for seed in seeds}
-    row = summarise(recipe, pat.LABEL, [result for result in runs.values() if result is not None])
-    row |= {"diverged": [seed for seed, result in runs.items() if result is None]}
+    row = summarise(recipe, pat.LABEL, runs)
     return row | {"choice": {"lr": best["lr"], "settings": best, "scores": scores}} | provenance(place, row)
 
 

@@ -70,8 +70,7 @@ def compare(
     rows = []
     for label in labels:
         results = {seed: _run_or_none(recipe, label, seed=seed, **settings) for seed in seeds}
-        row = summarise(recipe, label, [result for result in results.values() if result is not None])
-        rows.append(row | {"diverged": [seed for seed, result in results.items() if result is None]})
+        rows.append(summarise(recipe, label, results))
     table = {"recipe": recipe.name, "split": split, "tuned": tuned, "rows": rows, "paper": recipe.paper}
     with saving(root, KEPT):
         write_json(root / "compare.json", table)
@@ -121,7 +120,7 @@ def tune(
     # one dense model serves all trials
     settings: dict[str, Any] = {"split": "validation", "dense_folder": root, "resume": resume}
     settings |= {"progress": progress, "device": device}
-    from dualprune.run_folder import RunError, saving
+    from dualprune.run_folder import saving
 
     today = _made_of(recipe)
     for label in labels:
@@ -130,10 +129,7 @@ def tune(
             tried, place = recipe.with_trial(label, trial).without_retraining(), root / "tune" / _folder(name)
             runs = [_run_or_none(tried, label, seed=seed, folder=place, **settings) for seed in seeds]
             scores[name] = [None if result is None else result["cut"] for result in runs]
-        means = {name: mean for name, values in scores.items() if (mean := _mean(values)) is not None}
-        if not means:
-            raise RunError(f"every trial of {label!r} diverged ({'; '.join(scores)}); give it lower learning rates")
-        trial = trials[label][max(means, key=lambda name: means[name])]
+        trial = trials[label][best_trial(label, scores)]
         chosen[label] = {"lr": trial["lr"], "settings": trial, "scores": scores, "trials": list(trials[label].values())}
         chosen[label] |= {"recipe_sha256": recipe.tuning_fingerprint(label, trial), **today}
     grid = list(lrs) or OWN_TRIALS
@@ -213,6 +209,20 @@ def unless_diverged(go: Callable[[], dict[str, Any]], progress: Progress | None)
         if progress is not None:
             progress.note(f"diverged, going on without it: {error}")
         return None
+
+
+def best_trial(label: str, scores: Mapping[str, Sequence[float | None]]) -> str:
+    """The name of the trial of the highest mean, without those that diverged.
+
+    Raises:
+        RunError: every trial did.
+    """
+    from dualprune.run_folder import RunError
+
+    means = {name: mean for name, values in scores.items() if (mean := _mean(values)) is not None}
+    if not means:
+        raise RunError(f"every trial of {label!r} diverged ({'; '.join(scores)}); give it lower learning rates")
+    return max(means, key=lambda name: means[name])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -332,8 +342,9 @@ def _earlier_choices(
     return {label: choice for label, choice in methods if _other(recipe, label, choice, grid, today) is None}
 
 
-def summarise(recipe: Recipe, label: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One method's line: the cut accuracies over its seeds, and what they cost; None where no run has finished."""
+def summarise(recipe: Recipe, label: str, results: Mapping[int, dict[str, Any] | None]) -> dict[str, Any]:
+    """One method's line, of its results by seed, None where a run diverged: cut accuracies, and what they cost."""
+    runs = [result for result in results.values() if result is not None]
     cut = [result["cut"] for result in runs]
     retrained = [result["retrained"] for result in runs if result["retrained"] is not None]
     shared = ("lr", "epochs", "steps", "updates", "batch_size", "rate", "rate_model")
@@ -353,6 +364,7 @@ def summarise(recipe: Recipe, label: str, runs: Sequence[dict[str, Any]]) -> dic
         "seconds_mean": _mean([result["seconds"] for result in runs]),
         "peak_memory_mb": max((result["peak_memory_mb"] for result in runs), default=None),
         "recipe_sha256": [result["recipe_sha256"] for result in runs],
+        "diverged": [seed for seed, result in results.items() if result is None],
     }
 
 
