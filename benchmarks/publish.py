@@ -33,6 +33,7 @@ from dualprune.train import evaluate
 ROOT = Path(__file__).resolve().parent.parent
 PER_RUN = [
     "method",
+    "importance",
     "seed",
     "split",
     "task",

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import dualprune
-from dualprune import ACDC, SLR, DualpruneError, GradualMagnitude, Magnitude, RigL, attach, load_sparse
+from dualprune import (
+    ACDC,
+    ADMM,
+    SLR,
+    DualpruneError,
+    GradualMagnitude,
+    Magnitude,
+    Reweighted,
+    RigL,
+    Unstructured,
+    attach,
+    load_sparse,
+)  # fmt: skip
+from dualprune.importance import MEMORY, SecondMoment
 from dualprune.recipe import parse_recipe
 from dualprune.solvers.base import Method
 from dualprune.train import run
@@ -21,6 +35,10 @@ from helpers import TINY_RECIPE, tiny_net, train
 
 def adam(model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), 2e-3)
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
 
 
 def kept_by_hand(model: nn.Module, optimizer: Optimizer, names: list[str], kept: int) -> dict[str, torch.Tensor]:
@@ -99,11 +117,14 @@ def test_magnitude_decides_before_the_first_step() -> None:
     assert all(torch.equal(masks[0][n], masks[1][n]) for n in masks[0])
 
 
-def test_a_killed_run_goes_on_with_the_same_bits() -> None:
+@pytest.mark.parametrize(
+    ("make", "importance"), [(adam, "second-moment"), (adam, "adaptive"), (sgd, "adaptive"), (sgd, "second-moment")]
+)
+def test_a_killed_run_goes_on_with_the_same_bits(make: Callable[[nn.Module], Optimizer], importance: str) -> None:
     def started() -> tuple[nn.Module, Optimizer, object]:
         model = tiny_net()
-        optimizer = adam(model)
-        pruner = attach(model, optimizer, SLR(), rate=5, importance="second-moment", total_steps=40, every=4)
+        optimizer = make(model)
+        pruner = attach(model, optimizer, SLR(), rate=5, importance=importance, total_steps=40, every=4)
         return model, optimizer, pruner
 
     model, optimizer, pruner = started()
@@ -121,16 +142,150 @@ def test_a_state_of_another_importance_is_refused() -> None:
     first, second = tiny_net(), tiny_net()
     state = attach(first, adam(first), SLR(), rate=5, importance="second-moment", total_steps=9).state_dict()
     plain = attach(second, adam(second), SLR(), rate=5, total_steps=9)
-    with pytest.raises(DualpruneError, match="importance second-moment, this pruner has magnitude"):
+    with pytest.raises(DualpruneError, match="importance second-moment, this pruner has adaptive"):
         plain.load_state_dict(state)
 
 
+def by_hand(gradients: list[Tensor], memory: float = MEMORY) -> Tensor:
+    mean = torch.zeros_like(gradients[0])
+    for gradient in gradients:
+        mean = memory * mean + (1 - memory) * gradient.square()
+    return mean
+
+
 @pytest.mark.parametrize("name", ["SGD", "Rprop", "Adamax", "ASGD"])
-def test_an_optimizer_without_second_moments_is_refused(name: str) -> None:
+@pytest.mark.parametrize("importance", ["adaptive", "second-moment"])
+def test_for_an_optimizer_that_keeps_none_the_mean_of_squared_gradients_is_kept_here(name: str, importance: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 8)
+    optimizer = getattr(torch.optim, name)(model.parameters(), 1e-3)
+    pruner = attach(model, optimizer, GradualMagnitude(), rate=4, ignore=(), importance=importance, total_steps=99, every=50)
+    gradients = []
+    for step in range(12):
+        model(torch.randn(16, 6, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        gradients.append(model.weight.grad.clone())
+        optimizer.step()
+        optimizer.zero_grad()
+    mean = by_hand(gradients)
+    assert torch.allclose(pruner.state_dict()["moment.weight"], mean)
+    score = mean ** (0.25 if importance == "adaptive" else 0.5) * model.weight.detach().abs()
+    assert torch.equal(pruner.masks["weight"], score >= score.flatten().sort(descending=True).values[11])
+    assert not torch.equal(pruner.masks["weight"], Unstructured().mask(model.weight.detach(), 0.75))
+
+
+@pytest.mark.parametrize("method", [SLR(), ADMM(), Reweighted()], ids=lambda m: type(m).__name__)
+def test_what_is_kept_here_is_of_the_losss_gradient_alone(method: Method) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 8), torch.randn(16, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    pruner = attach(model, optimizer, method, rate=4, ignore=(), importance="adaptive", total_steps=40, every=2)
+    gradients = []
+    for _ in range(9):
+        loss = model(x).square().sum()
+        loss.backward()
+        gradients.append(model.weight.grad.clone())
+        pruner.observe(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.allclose(pruner.state_dict()["moment.weight"], by_hand(gradients))
+
+
+def test_a_weight_without_a_gradient_forgets_and_ranks_below_all_others() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    pruner = attach(
+        model, optimizer, GradualMagnitude(), sparsity=0.75, ignore=(), budget="global", importance="adaptive",
+        total_steps=99, every=50,
+    )  # fmt: skip
+    for _ in range(3):
+        model[0](torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    dead = model[1].weight.detach()
+    kept = pruner.masks
+    assert int(kept["0.weight"].sum()) == 8 and not kept["1.weight"].any()
+    assert torch.equal(pruner.problem.ranked(pruner.problem.weights)[1].argsort(), dead.argsort())  # as by magnitude
+
+
+def test_without_any_gradient_magnitude_decides() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = attach(model, optimizer, SLR(), rate=4, ignore=(), total_steps=99)
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    assert torch.equal(pruner.masks["weight"], Unstructured().mask(model.weight.detach(), 0.75))
+
+
+def test_a_fused_step_that_overflows_leaves_no_trace_but_its_own_weight() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    moments = SecondMoment("adaptive", torch.optim.SGD([weight], 0.1), [weight])
+    weight.grad = torch.tensor([8.0, 16.0, 0.0])
+    moments.watch(torch.tensor(4.0))
+    before = moments.means[0].clone()
+    assert torch.allclose(before, (1 - MEMORY) * torch.tensor([4.0, 16.0, 0.0]))
+    weight.grad = torch.tensor([torch.inf, torch.nan, -torch.inf])
+    moments.watch(torch.tensor(4.0))
+    assert torch.allclose(moments.means[0], MEMORY * before)
+
+
+def test_sparse_gradients_count_like_dense_ones() -> None:
+    table = nn.Embedding(8, 4, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), 0.1)
+    pruner = attach(table, optimizer, GradualMagnitude(), rate=2, ignore=(), importance="adaptive", total_steps=99, every=50)
+    table(torch.tensor([1, 1, 5])).sum().backward()
+    dense = table.weight.grad.to_dense()
+    optimizer.step()
+    assert torch.allclose(pruner.state_dict()["moment.weight"], (1 - MEMORY) * dense.square())
+
+
+@pytest.mark.parametrize(("state_dtype", "kept"), [(None, torch.float32), (torch.float16, torch.bfloat16)])
+def test_the_means_are_as_narrow_as_the_rest_of_the_state_but_never_lose_range(state_dtype: Any, kept: torch.dtype) -> None:
     model = tiny_net()
-    optimizer = getattr(torch.optim, name)(model.parameters(), 0.1)
-    with pytest.raises(DualpruneError, match=f"Adam, AdamW or RMSprop keep, got {name}"):
-        attach(model, optimizer, SLR(), rate=5, importance="second-moment", total_steps=9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    pruner = attach(model, optimizer, SLR(), rate=5, total_steps=40, every=4, state_dtype=state_dtype)
+    train(model, optimizer, range(12), pruner)
+    means = [t for key, t in pruner.state_dict().items() if key.startswith("moment.")]
+    assert len(means) == len(pruner.problem.targets) and {m.dtype for m in means} == {kept}
+
+
+def test_the_means_are_let_go_once_the_masks_are_fixed() -> None:
+    model = tiny_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    pruner = attach(model, optimizer, SLR(), rate=5, total_steps=40, every=4)
+    train(model, optimizer, range(20), pruner)
+    assert any(key.startswith("moment.") for key in pruner.state_dict())
+    train(model, optimizer, range(20, 36), pruner)
+    assert pruner.holding and not any(key.startswith("moment.") for key in pruner.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("method", "importance"),
+    [(SLR(), "adaptive"), (SLR(rho=0.1), "magnitude"), (SLR.paper(), "magnitude"), (ADMM(), "magnitude"),
+     (Reweighted(), "magnitude"), (GradualMagnitude(), "magnitude")],
+)  # fmt: skip
+def test_what_a_method_ranks_by_when_nobody_says(method: Method, importance: str) -> None:
+    model = tiny_net()
+    pruner = attach(model, torch.optim.SGD(model.parameters(), 0.1), method, rate=5, total_steps=40)
+    meta = json.loads(bytes(pruner.state_dict()["meta"].numpy()).decode())
+    assert meta["importance"] == method.importance == importance
+
+
+def test_a_new_optimizer_takes_over_the_means() -> None:
+    model = tiny_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    pruner = attach(model, optimizer, SLR(), rate=5, total_steps=60, every=4)
+    train(model, optimizer, range(12), pruner)
+    before = {k: v.clone() for k, v in pruner.state_dict().items() if k.startswith("moment.")}
+    other = torch.optim.SGD(model.parameters(), 0.02)
+    pruner.follow(other)
+    after = pruner.state_dict()
+    assert before and all(torch.equal(after[key], mean) for key, mean in before.items())
+    train(model, other, range(12, 24), pruner)
+    pruner.follow(torch.optim.AdamW(model.parameters(), 1e-3))
+    train(model, pruner.optimizer, range(24, 28), pruner)
+    assert not any(key.startswith("moment.") for key in pruner.state_dict())  # AdamW has its own
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop"])
@@ -155,16 +310,12 @@ class Sign(Optimizer):
                 p.detach().sub_(moment.lerp_(p.grad, 0.1).sign_(), alpha=1e-4)
 
 
-def test_one_that_only_looks_the_part_is_refused_at_the_first_step_that_leaves_a_state() -> None:
+def test_one_that_only_looks_the_part_has_its_mean_kept_here() -> None:
     model = tiny_net()
     optimizer = Sign(model.parameters())
     pruner = attach(model, optimizer, SLR(), rate=5, importance="second-moment", total_steps=99, every=20)
-    optimizer.step()  # there are no gradients, and no state
-    with pytest.raises(DualpruneError, match="got Sign"):
-        train(model, optimizer, range(1), pruner)
-    pruner.detach()
-    with pytest.raises(DualpruneError, match="got Sign"):  # there is one now
-        attach(model, optimizer, SLR(), rate=5, importance="second-moment", total_steps=99)
+    train(model, optimizer, range(3), pruner)
+    assert all(f"moment.{t.name}" in pruner.state_dict() for t in pruner.problem.targets)
 
 
 def test_an_attach_that_failed_stops_no_step() -> None:
@@ -199,7 +350,7 @@ def test_a_recipe_may_give_one_method_its_own_importance(tmp_path: Path, monkeyp
     table = '[methods.slr-v]\nkind = "slr"\nupdates_per_epoch = 2\nimportance = "second-moment"\n'
     recipe = parse_recipe(TINY_RECIPE.replace("lr = 0.05", 'lr = 0.005\noptimizer = "adam"') + table)
     results = [run(recipe, label, out=tmp_path) for label in ("slr", "slr-v")]
-    assert ranked == [result["importance"] for result in results] == ["magnitude", "second-moment"]
+    assert ranked == [result["importance"] for result in results] == ["adaptive", "second-moment"]
     assert "second-moment" in (tmp_path / "tiny/slr-v-seed0/report.html").read_text()
     masks = [load_sparse(tmp_path / f"tiny/{label}-seed0/pruned.safetensors")["fc2.weight"] != 0 for label in ("slr", "slr-v")]
     assert masks[0].sum() == masks[1].sum() and not masks[0].equal(masks[1])

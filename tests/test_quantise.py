@@ -305,7 +305,9 @@ def regress(seed: int, method: object, bits: int | None, steps: int = 400) -> nn
     model = nn.Linear(24, 4, bias=False)
     model.weight.data = w
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
-    pruner = attach(model, optimizer, method, sparsity=0.5, ignore=(), bits=bits, total_steps=steps, every=8)
+    pruner = attach(
+        model, optimizer, method, sparsity=0.5, ignore=(), bits=bits, importance="magnitude", total_steps=steps, every=8
+    )
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.01 * (1 + math.cos(math.pi * step / steps))
         loss = (model(x) - y).square().sum(1).mean()

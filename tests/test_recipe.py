@@ -273,7 +273,7 @@ def test_weights_are_hashed_once_for_as_long_as_they_stay(tmp_path, monkeypatch)
 
 def test_fingerprints_are_those_of_the_finished_runs():
     recipe = parse_recipe(BASE)
-    assert recipe.fingerprint("slr", 0, "test") == "ead3a279f351bca97fe25be440b7696505bebc589ca5d716b5ad69b1edebf40a"
+    assert recipe.fingerprint("slr", 0, "test") == "5a73b34874fc6ca4f43800f129ac12b99b7441c498fcfa1f18a66f586a275389"
     assert recipe.fingerprint("oneshot", 1, "validation") == "ed0857d7c0656814caff243cadbf36cede24f410e1ffec2b1ef8f56c99c750a6"
 
 

@@ -351,6 +351,7 @@ def summarise(recipe: Recipe, label: str, results: Mapping[int, dict[str, Any] |
     return {
         "label": label,
         "method": runs[0]["method"] if runs else repr(recipe.method(label).build()),
+        "importance": runs[0].get("importance") if runs else recipe.importance(label),
         "seeds": [result["seed"] for result in runs],
         "n": len(cut),
         "mean": _mean(cut),

@@ -6,59 +6,105 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import ASGD, Adamax, Optimizer
+from torch.optim import NAdam, Optimizer, RAdam, RMSprop
+from torch.optim.adam import Adam
 
+from dualprune.distributed import empty_like, local
 from dualprune.errors import DualpruneError, suggest
 
-IMPORTANCES = ("magnitude", "second-moment")
+# of v, the running mean of squared gradients, the power that magnitudes are multiplied by
+POWERS = {"magnitude": 0.0, "adaptive": 0.25, "second-moment": 0.5}
+IMPORTANCES = tuple(POWERS)
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")  # as Adam and its kin, and RMSprop, call them
-_LOOKALIKES = (Adamax, ASGD)  # have a β₂, or an α, for something else
+MEMORY = 0.98  # of the mean that is kept where the optimizer keeps none: some fifty steps
+_TINY = 1e-36  # with it, weights that the loss does not feel are ranked by magnitude among themselves, below all others
+_KEEPERS = (Adam, NAdam, RAdam, RMSprop)  # AdamW is an Adam
 
 
 class SecondMoment:
-    """√v, v the running mean of squared gradients that Adam or RMSprop keeps (ELSA, Lee et al. 2025).
+    """v to a power, v the running mean of squared gradients (docs/theory.md, "In whose metric").
 
-    v stands for the diagonal of the loss's curvature, so that the sets are projected onto in its metric: of all Z in the
-    set, Z = Π(W) has the least Σ v (w − z)², which keeps the weights of largest √v·|w|, or the groups of largest Σ v w².
+    Sets are projected onto in the metric D = diag(v^2p): of all Z in the set, Π(W) has the least Σ v^2p (w − z)², which
+    keeps the weights of largest v^p·|w|, or the groups of largest Σ v^2p w². With p = 1/2 ("second-moment"; ELSA, Lee et
+    al. 2025) D is the diagonal of the Fisher matrix; with p = 1/4 ("adaptive") it is the metric √v in which AdaGrad and Adam
+    take their steps.
+
+    v is the optimizer's own where it keeps one (Adam, AdamW, NAdam, RAdam, RMSprop and what names it like them), and costs
+    nothing; for others, such as SGD, a mean over some fifty steps is kept here: a tensor of a weight's shape for each.
 
     Args:
-        optimizer: the optimizer of the loop; its state is read where it lies, and costs no memory of its own.
+        name: "adaptive" or "second-moment".
+        optimizer: the optimizer of the loop.
+        weights: the parameters that are ranked.
+        dtype: of the means that are kept here; of less than 32 bits it becomes bfloat16, as squares need the range.
+        device: where they lie; None: beside the weights.
 
     Raises:
-        DualpruneError: the optimizer keeps no second moments; at its first step that leaves a state, where only that tells.
+        DualpruneError: there is no optimizer.
     """
 
-    def __init__(self, optimizer: Optimizer | None) -> None:
-        keeps = optimizer is not None and bool({"betas", "alpha"} & optimizer.defaults.keys())
-        if optimizer is None or not keeps or isinstance(optimizer, _LOOKALIKES):
-            raise _no_moments(optimizer)
-        self.optimizer = optimizer
-        self._looked = False
-        self.check()
+    def __init__(
+        self, name: str, optimizer: Optimizer | None, weights: Sequence[nn.Parameter],
+        dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+    ) -> None:  # fmt: skip
+        if optimizer is None:
+            raise DualpruneError(f"importance={name!r} goes by the gradients of a training loop, got no optimizer: 'magnitude'")
+        self.name, self.optimizer, self.weights = name, optimizer, list(weights)
+        self.means: list[Tensor] = []
+        self.dtype = torch.bfloat16 if dtype is not None and dtype.itemsize < 4 else torch.float32
+        self._device = device
 
-    def weigh(self, weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> list[Tensor]:
-        """Return `values`, one tensor a weight, times √v in float32; as they are before the first step, which makes v."""
-        states = [self.optimizer.state.get(weight, {}) for weight in weights]
-        if not any(states):
-            return list(values)
-        return [_rooted(self._second_moment(s), v) * v for s, v in zip(states, values, strict=True)]
+    def watch(self, grad_scale: Tensor | None) -> None:
+        """Take in the gradients of a step that is about to be made, before a penalty is added to them.
 
-    def check(self) -> None:
-        """Raise if the optimizer's state, once there is one, has no second moments; asked after every step, it looks once."""
-        if self._looked:
+        Args:
+            grad_scale: what they are to be divided by, where a fused optimizer unscales them by itself.
+        """
+        if isinstance(self.optimizer, _KEEPERS) or any(self._kept_by_optimizer()):
+            self.means.clear()
             return
-        states = [state for state in self.optimizer.state.values() if state]
-        self._looked = bool(states)
-        if states and not any(name in state for state in states for name in SECOND_MOMENTS):
-            raise _no_moments(self.optimizer)
+        self.begin()
+        for mean, weight in zip(self.means, self.weights, strict=True):
+            mean = local(mean).mul_(MEMORY)
+            if weight.grad is None:
+                continue
+            grad = local(weight.grad.detach())
+            if grad.is_sparse:
+                grad = grad.to_dense()
+            if grad_scale is not None:  # may have overflowed, and then the step will be skipped
+                grad = torch.nan_to_num(grad / grad_scale.to(grad.device), 0.0, 0.0, 0.0)
+            grad = grad.to(mean.device)
+            mean.addcmul_(grad, grad, value=1 - MEMORY)
 
-    def _second_moment(self, state: dict[str, Tensor]) -> Tensor | None:
-        if not state:
-            return None  # never had a gradient: the loss does not feel it
-        for name in SECOND_MOMENTS:
-            if name in state:
-                return state[name]
-        raise _no_moments(self.optimizer)
+    def begin(self) -> None:
+        """Make room for the means that are kept here, if there is none."""
+        if not self.means:
+            self.means = [empty_like(w.detach(), self.dtype, self._device).zero_() for w in self.weights]
+
+    def take(self, means: Sequence[Tensor]) -> None:
+        """Put back means that were saved, one for each weight or none at all."""
+        self.means = []
+        if means:
+            self.begin()
+        for mine, saved in zip(self.means, means, strict=True):
+            mine.copy_(saved)
+
+    def weigh(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return `values`, one tensor a weight, times v^p in single precision; as they are before a first step has made v."""
+        moments = self.means or self._kept_by_optimizer()
+        if all(moment is None for moment in moments):
+            return list(values)
+        return [self._factor(moment, v) * v for moment, v in zip(moments, values, strict=True)]
+
+    def _factor(self, moment: Tensor | None, like: Tensor) -> Tensor:
+        if moment is None:  # never had a gradient: the loss does not feel it
+            return torch.full_like(like, _TINY ** POWERS[self.name], dtype=torch.float32)
+        root = (moment.to(like.device, torch.float32) + _TINY).sqrt_()
+        return root if POWERS[self.name] == 0.5 else root.sqrt_()
+
+    def _kept_by_optimizer(self) -> list[Tensor | None]:
+        states = (self.optimizer.state.get(weight, {}) for weight in self.weights)
+        return [next((state[name] for name in SECOND_MOMENTS if name in state), None) for state in states]
 
 
 def check_importance(name: str) -> str:
@@ -67,17 +113,3 @@ def check_importance(name: str) -> str:
         near = suggest(str(name), IMPORTANCES)
         raise DualpruneError(f"expected importance to be one of {', '.join(IMPORTANCES)}; got {name!r}{near}")
     return name
-
-
-def _rooted(moment: Tensor | None, like: Tensor) -> Tensor:
-    if moment is None:
-        return torch.zeros_like(like, dtype=torch.float32)
-    return moment.to(like.device, torch.float32).sqrt()
-
-
-def _no_moments(optimizer: Optimizer | None) -> DualpruneError:
-    got = "no optimizer" if optimizer is None else type(optimizer).__name__
-    return DualpruneError(
-        f"importance='second-moment' reads the running mean of squared gradients that Adam, AdamW or RMSprop keep, got {got}: "
-        "take one of these, or importance='magnitude'"
-    )

@@ -61,7 +61,7 @@ class Problem:
 
     def ranked(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the values whose magnitudes are compared: themselves, or times the importance of the weights."""
-        return values if self.importance is None else self.importance.weigh([t.weight for t in self.targets], values)
+        return values if self.importance is None else self.importance.weigh(values)
 
     def masks(self, values: Sequence[Tensor], asked: Asked = _final) -> list[Tensor]:
         """Return the masks (True = keep) of the projection of `values` onto the sets, at what is `asked` of each sparsity."""

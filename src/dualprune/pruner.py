@@ -50,7 +50,7 @@ def attach(
     patterns: Mapping[str, Rule] | None = None,
     ignore: Iterable[str] | None = None,
     budget: str = "uniform",
-    importance: str = "magnitude",
+    importance: str | None = None,
     bits: int | Mapping[str, int] | None = None,
     every: int | None = None,
     total_steps: int | None = None,
@@ -75,8 +75,9 @@ def attach(
             embeddings (and says so); () prunes every parameter of two or more dimensions.
         budget: how `rate` spreads over layers: "uniform", "erk", "global" (one threshold for all) or "lamp" (one threshold
             over shares of a layer's energy, which empties no layer).
-        importance: what ranks the weights: "magnitude", or "second-moment" for √v·|w| with the second moments v of Adam, AdamW
-            or RMSprop (ELSA, Lee et al. 2025), read from the optimizer's state.
+        importance: what ranks the weights: "magnitude" |w|; "adaptive" v^¼·|w|, with v the running mean of squared gradients
+            (the optimizer's own, or one kept here: a tensor a weight); "second-moment" √v·|w| (ELSA, Lee et al. 2025). None:
+            the method's own, "adaptive" for `SLR()` and "magnitude" for the others (docs/how-to-choose.md).
         bits: 2 to 8 for weights that end on a grid of so many bits as well (docs/quantisation.md): a number for all that is
             pruned, or globs → numbers. Held weights follow the steps from level to level; after finish() they stay.
         every: optimizer steps between updates of multipliers or masks; None takes the method's own.
@@ -105,7 +106,7 @@ def attach(
     if optimizer is not None:
         optimizer = _innermost(optimizer)
         _check_optimizer(optimizer, method)
-    moments = SecondMoment(optimizer) if check_importance(importance) == "second-moment" else None
+    importance = check_importance(method.importance if importance is None else importance)
     total_steps = _check_steps("total_steps", total_steps)
     if method.needs_total_steps and total_steps is None:
         raise DualpruneError(f"{type(method).__name__} moves with the run: pass total_steps=epochs * len(loader)")
@@ -117,7 +118,9 @@ def attach(
         model, rate=rate, sparsity=sparsity, patterns=patterns, ignore=ignore, budget=budget, bits=bits, trainable=trainable,
         keep_zeros=keep_zeros, ties=ties,
     )  # fmt: skip
-    problem.importance = moments
+    if importance != "magnitude":
+        ranked = [t.weight for t in problem.targets]
+        problem.importance = SecondMoment(importance, optimizer, ranked, state_dtype, state_device)
     cut = [t.name for t in problem.targets if distributed.span(t.weight)]
     if cut and not isinstance(method, SLR | ADMM | GradualMagnitude | Magnitude):
         raise DualpruneError(f"{type(method).__name__} needs whole weights, {cut[0]} is cut up over ranks: use SLR(), or DDP")
@@ -220,9 +223,14 @@ class Pruner:
         self._require_few_zeros()
         if not self.step_count:
             self._require_own_weights()
-        if self.solver.penalises and not self.holding:
-            with torch.no_grad():
-                self.solver.penalty_(getattr(optimizer, "grad_scale", None))
+        if self.holding:
+            return
+        with torch.no_grad():
+            scale = getattr(optimizer, "grad_scale", None)
+            if self.problem.importance is not None:
+                self.problem.importance.watch(scale)  # the loss's gradients, before the penalty's
+            if self.solver.penalises:
+                self.solver.penalty_(scale)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if sys._getframe(1) is self._step_at:
@@ -234,8 +242,6 @@ class Pruner:
         self.step_count += 1
         if self.solver.decoupled and not self.holding:
             self.solver.pull_()
-        if self.problem.importance is not None:
-            self.problem.importance.check()
         drops = self.problem.frozen if self._drops is None else self._drops
         if drops is not None:
             cut_(self.problem.weights, drops)
@@ -261,8 +267,14 @@ class Pruner:
         for target in self.problem.targets:
             if held := self._grids.get(target.name):
                 target.weight.detach().copy_(held.levels)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of Z, Λ and the means of squared gradients, which have done their work."""
         for tensors in self.solver.tensors.values():
-            tensors.clear()  # Z and Λ have done their work
+            tensors.clear()
+        if self.problem.importance is not None:
+            self.problem.importance.means.clear()
 
     def _held_grids(self) -> dict[str, Held]:
         weights = {t.name: (t.weight.detach(), t.bits) for t in self.problem.targets}
@@ -325,8 +337,7 @@ class Pruner:
             self._require_finite_weights()
             self._drops = [d.clone() for d in self._cut()]
             self._grids = self._held_grids()
-            for tensors in self.solver.tensors.values():
-                tensors.clear()
+            self._forget()
             self._check_reached()
             self.finished = True
             distributed.reshard(self.model)
@@ -355,7 +366,7 @@ class Pruner:
                 f"the optimizer lacks pruned parameters: {', '.join(missing[:4])}; give it those of this model"
             )
         if self.problem.importance is not None:
-            self.problem.importance = SecondMoment(optimizer)
+            self.problem.importance.optimizer = optimizer
         self.detach()
         self.optimizer = optimizer
         self.solver.scalars = {k: v for k, v in self.solver.scalars.items() if k not in OF_OPTIMIZER}
@@ -438,6 +449,9 @@ class Pruner:
             for kind, tensors in self.solver.tensors.items()
             for t, tensor in zip(self.problem.targets, tensors, strict=len(tensors) > 0)
         }
+        if self.problem.importance is not None:
+            means = zip(self.problem.targets, self.problem.importance.means, strict=bool(self.problem.importance.means))
+            state |= {f"moment.{t.name}": m.clone(memory_format=torch.contiguous_format) for t, m in means}
         if self._drops is not None and not (self.solver.tensors.get("drop")):
             state |= {f"grid.{n}": g.latent.clone(memory_format=torch.contiguous_format) for n, g in self._grids.items()}
             state |= {f"held.{t.name}": d.clone().contiguous() for t, d in zip(self.problem.targets, self._drops, strict=True)}
@@ -466,7 +480,7 @@ class Pruner:
         """
         meta = _read_meta(state)
         self._check_same_run(meta)
-        kinds = {key.split(".", 1)[0] for key in state} - {"meta", "loss_sum", "frozen"}
+        kinds = {key.split(".", 1)[0] for key in state} - {"meta", "loss_sum", "frozen", "moment"}
         quantised = [t for t in self.problem.targets if t.bits is not None]
         fixed = {"held", "grid"} if quantised else {"held"}
         if kinds not in (fixed, running := set(self.solver.tensors)):
@@ -478,6 +492,7 @@ class Pruner:
             for kind in kinds
         }
         frozen = [self._fitting(state, "frozen", i) for i in range(len(self.problem.frozen or ()))]
+        means = self._fitting_means(state)
         held, latent = loaded.pop("held", None), loaded.pop("grid", ())
         scales = [_scale(meta, t.name) for t in quantised if latent]
         for kind, tensors in self.solver.tensors.items():
@@ -487,6 +502,8 @@ class Pruner:
                 mine.copy_(saved)
         for mine, saved in zip(self.problem.frozen or (), frozen, strict=True):
             mine.copy_(saved)
+        if self.problem.importance is not None:
+            self.problem.importance.take(means)
         self.solver.scalars = dict(meta["scalars"])
         self.step_count, self.finished, self.history = meta["step_count"], meta["finished"], list(meta["history"])
         self._zeros_are_few = True
@@ -526,6 +543,8 @@ class Pruner:
     def _replicated(self) -> dict[str, Tensor]:
         """What must be the same on all ranks, by the name an error would give it."""
         kinds = {"": self.problem.weights, **{f"{kind} of ": t for kind, t in self.solver.tensors.items()}}
+        if self.problem.importance is not None:
+            kinds["mean squared gradient of "] = self.problem.importance.means
         return {
             f"{kind}{t.name}": tensor
             for kind, tensors in kinds.items()
@@ -635,7 +654,7 @@ class Pruner:
 
     @property
     def _importance(self) -> str:
-        return "magnitude" if self.problem.importance is None else "second-moment"
+        return "magnitude" if self.problem.importance is None else self.problem.importance.name
 
     def _check_same_run(self, meta: Mapping[str, Any]) -> None:
         mine = self._described_targets
@@ -664,10 +683,24 @@ class Pruner:
         tensor = state.get(f"{kind}.{target.name}")
         like = target.weight if kind in ("held", "frozen", "grid") else self.solver.tensors[kind][index]
         wanted = torch.bool if kind in ("held", "frozen") else like.dtype, tuple(like.shape)
+        return self._placed(tensor, like, wanted, f"{kind}.{target.name}")
+
+    def _fitting_means(self, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the means of squared gradients that a state has; an optimizer that keeps them leaves none to save."""
+        if self.problem.importance is None or not any(key.startswith("moment.") for key in state):
+            return []
+        dtype = self.problem.importance.dtype
+        return [
+            self._placed(state.get(key := f"moment.{t.name}"), t.weight.detach(), (dtype, tuple(t.weight.shape)), key)
+            for t in self.problem.targets
+        ]
+
+    @staticmethod
+    def _placed(tensor: Tensor | None, like: Tensor, wanted: tuple[torch.dtype, tuple[int, ...]], key: str) -> Tensor:
         if tensor is None or (tensor.dtype, tuple(tensor.shape)) != wanted:
             came = "nothing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise DualpruneError(f"state {kind}.{target.name}: expected {wanted[0]} of shape {wanted[1]}, got {came}")
-        return distributed.placed(tensor, like, f"{kind}.{target.name}")
+            raise DualpruneError(f"state {key}: expected {wanted[0]} of shape {wanted[1]}, got {came}")
+        return distributed.placed(tensor, like, key)
 
 
 def _default_every(method: Method, total_steps: int | None) -> int:

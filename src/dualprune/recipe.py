@@ -88,8 +88,9 @@ class Recipe(Table):
         return self.method(label).lr or self.training.lr
 
     def importance(self, label: str) -> str:
-        """What ranks the weights of a method: its own, or the recipe's."""
-        return self.method(label).importance or self.prune.importance
+        """What ranks the weights of a method: by its table, by the recipe's, or as it does by itself."""
+        table = self.method(label)
+        return table.importance or self.prune.importance or str(table.build().importance)
 
     def with_lr(self, label: str, lr: float) -> Recipe:
         """This recipe with another peak learning rate for one method."""
@@ -175,16 +176,16 @@ class Recipe(Table):
         for home, key in young:
             if not home[key]:
                 del home[key]
-        if prune["importance"] == "magnitude":
-            del prune["importance"]
+        del prune["importance"]  # a method's: `_deciding_of`
         if training["keep"] == "last":
             del training["keep"]
         return table
 
     def _deciding_of(self, label: str) -> dict[str, Any]:
         """What decides of a method's table: not its trials, and keys younger than many a run only where they are given."""
-        table = self.method(label).model_dump(mode="json", exclude={"trials"})
-        return table if table["importance"] else {key: value for key, value in table.items() if key != "importance"}
+        table = self.method(label).model_dump(mode="json", exclude={"trials", "importance"})
+        importance = self.importance(label)
+        return table if importance == "magnitude" else table | {"importance": importance}
 
     def fingerprint(self, label: str, seed: int, split: str) -> str:
         """SHA-256 of all that decides a run's numbers; other methods' tables, paths and the paper's numbers do not."""

@@ -29,7 +29,7 @@ from dualprune.errors import DualpruneError, suggest
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-Importance = Literal["magnitude", "second-moment"]
+Importance = Literal["magnitude", "adaptive", "second-moment"]
 MOST_TRIALS, MOST_OWN = 6, 2  # what tuning may cost a method, and what it may vary besides lr: the same for all
 
 
@@ -275,7 +275,7 @@ class PruneTable(Table):
     rate: float | None = None
     sparsity: float | None = None
     budget: Literal["uniform", "erk", "global", "lamp"] = "uniform"
-    importance: Importance = "magnitude"
+    importance: Importance | None = None
     patterns: dict[str, LayerTable] = {}
     ignore: list[str] | None = None
     keep_zeros: bool = False

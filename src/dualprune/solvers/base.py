@@ -41,6 +41,11 @@ class Method(ABC):
         return any(isinstance(getattr(self, f.name), Geometric) for f in fields(self))
 
     @property
+    def importance(self) -> str:
+        """What ranks the weights where `attach` is not told."""
+        return "magnitude"
+
+    @property
     def sharpness(self) -> float:
         """How far uphill the loop shall take its gradients (`perturbed`), which makes two of them a step; 0: one, in place."""
         return 0.0

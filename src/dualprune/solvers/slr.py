@@ -67,6 +67,15 @@ class SLR(DualMethod):
         """Return the papers' constants: ρ = 0.1, M = 300, r = 0.1, s₀ = 0.01, no ramp, cap or hold, Z at rest meanwhile."""
         return cls(rho=rho, s0=s0, M=M, r=r, cap=None, ramp=0.0, hold=0.0, pull="everywhere")
 
+    @property
+    def importance(self) -> str:
+        """What ranks the weights: "adaptive" with the pull of `Closing`, "magnitude" where it goes through the gradient.
+
+        The pull of `Closing` is the gradient of ½ Σ √v (w − z)² stepped along as Adam steps, divided by √v: in its metric the
+        projection keeps the largest v^¼·|w| (docs/theory.md, "In whose metric").
+        """
+        return "adaptive" if isinstance(self.rho, Closing) else "magnitude"
+
     def start(self, problem: Problem, store: Store) -> SLRSolver:  # noqa: D102
         return SLRSolver(problem, self, store)
 
