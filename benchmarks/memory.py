@@ -1,6 +1,7 @@
 """What pruning holds in memory per pruned weight, and what an update needs on top while it runs.
 
-    python benchmarks/memory.py --json memory.json      # goal: at most two tensors of the weights' size, Z and Λ
+    python benchmarks/memory.py --json memory.json      # goal: at most two tensors of the weights' size, Z and Λ, and a
+                                                        # third for the means of squared gradients where the optimizer has none
 
 The peak is the sum of torch's own allocations during one update, from its memory profile (on a GPU, the allocator's
 count). Nothing here is a time.
@@ -21,6 +22,7 @@ import dualprune
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SLR": (dualprune.SLR.paper(), {}),
     "SLR, bf16 state": (dualprune.SLR.paper(), {"state_dtype": torch.bfloat16}),
+    "SLR, default, means of squared gradients included": (dualprune.SLR(), {"total_steps": 1000}),
     "SLR, state on the CPU": (dualprune.SLR.paper(), {"state_device": "cpu"}),
     "ADMM": (dualprune.ADMM.paper(), {}),
     "gradual magnitude": (dualprune.GradualMagnitude(), {"total_steps": 1000}),
@@ -32,8 +34,14 @@ def measure(side: int, device: str, method: Any, options: dict[str, Any]) -> dic
     """Return bytes per pruned weight: held between updates, and allocated on top at the worst moment of an update."""
     torch.manual_seed(0)
     layer = nn.Linear(side, side, bias=False, device=device)
-    pruner = dualprune.attach(layer, torch.optim.SGD(layer.parameters(), 0.1), method, rate=10, ignore=(), **options)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    pruner = dualprune.attach(layer, optimizer, method, rate=10, ignore=(), **options)
+    layer.weight.grad = torch.randn_like(layer.weight)
+    optimizer.step()
+    layer.weight.grad = None
     tensors = [t for kind in pruner.solver.tensors.values() for t in kind]
+    if pruner.problem.importance is not None:
+        tensors += pruner.problem.importance.means
     weights = layer.weight.numel()
     pruner.update()
     return {

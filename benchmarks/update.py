@@ -4,7 +4,8 @@
 
 A plain copy is `b.copy_(a)` of the same tensor in the same process; all are timed in turn, round by round. Beside the
 selection stand the usual ways to find the k-th magnitude. The timed SLR updates take both multiplier steps, the worst
-case, and the figures say so; "SLR" is the default, whose Z follows W, with the set at its final size.
+case, and the figures say so; "SLR" is the default, whose Z follows W and which ranks by v^¼·|w|, with the set at its final
+size.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def main() -> None:
     copy, kept, dropped = torch.empty_like(w), w.numel() // RATE, w.numel() - w.numel() // RATE
 
     slr, papers, admm = dualprune.SLR(rho=0.1, ramp=0, hold=0), dualprune.SLR.paper(), dualprune.ADMM.paper()
-    methods = {"SLR": slr, "SLR, papers": papers, "ADMM": admm}
-    pruners = {name: _pruner(layer, method) for name, method in methods.items()}
+    methods = {"SLR": slr, "SLR, by magnitude": slr, "SLR, papers": papers, "ADMM": admm}
+    pruners = {name: _pruner(layer, method, "adaptive" if name == "SLR" else None) for name, method in methods.items()}
     falling = itertools.count()
 
     def update(name: str) -> None:
@@ -74,8 +75,13 @@ def main() -> None:
     report(args, "update", {"weights": w.numel(), "rate": RATE, "copies": rows, "updates_with_both_steps": both})
 
 
-def _pruner(layer: nn.Module, method: dualprune.SLR | dualprune.ADMM) -> dualprune.Pruner:
-    return dualprune.attach(layer, torch.optim.SGD(layer.parameters(), 0.1), method, rate=RATE, ignore=())
+def _pruner(layer: nn.Linear, method: dualprune.SLR | dualprune.ADMM, importance: str | None) -> dualprune.Pruner:
+    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+    pruner = dualprune.attach(layer, optimizer, method, rate=RATE, ignore=(), importance=importance)
+    layer.weight.grad = torch.randn_like(layer.weight)
+    optimizer.step()  # makes the mean squared gradients, where they rank
+    layer.weight.grad = None
+    return pruner
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from dualprune import (
 )  # fmt: skip
 from dualprune.importance import MEMORY, SecondMoment
 from dualprune.recipe import parse_recipe
-from dualprune.solvers.base import Method
+from dualprune.solvers import base
+from dualprune.solvers.base import Method, _cuts
+from dualprune.solvers.vector import RankedCut
 from dualprune.train import run
 from helpers import TINY_RECIPE, tiny_net, train
 
@@ -362,3 +364,31 @@ def test_the_importance_of_a_method_decides_its_fingerprint_alone() -> None:
     assert ranked.fingerprint("gradual", 0, "test") == plain.fingerprint("gradual", 0, "test")
     with pytest.raises(DualpruneError, match=r"\[methods.slr\] importance: .* did you mean 'second-moment'"):
         parse_recipe(TINY_RECIPE, ["methods.slr.importance=second-momentum"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("make", "layout"), [(sgd, torch.channels_last), (adam, torch.contiguous_format)])
+def test_thresholds_keep_what_masks_keep(
+    dtype: torch.dtype, make: Callable[[nn.Module], Optimizer], layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies, cuts = [], []
+
+    def counted(*args: Any) -> Any:
+        cuts.append(_cuts(*args))
+        return cuts[-1]
+
+    for find in (counted, lambda *_: None):  # thresholds where they suffice, and masks always
+        monkeypatch.setattr(base, "_cuts", find)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 600), nn.ReLU(), nn.Linear(600, 10))
+        model = model.to(dtype).to(memory_format=layout)
+        optimizer = make(model)
+        pruner = attach(model, optimizer, SLR(), rate=8, ignore=(), budget="global", total_steps=12, every=3)
+        for step in range(9):
+            g = torch.Generator().manual_seed(step)
+            model(torch.randn(4, 3, 6, 6, generator=g).to(dtype)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        copies.append(pruner.solver.tensors["Z"])
+    assert sum(cut is not None and isinstance(cut[0], RankedCut) for cut in cuts) == 3
+    assert all(torch.equal(a, b) for a, b in zip(*copies, strict=True))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import NAdam, Optimizer, RAdam, RMSprop
 from torch.optim.adam import Adam
 
+from dualprune.chunks import chunks
 from dualprune.distributed import empty_like, local
 from dualprune.errors import DualpruneError, suggest
 
@@ -65,16 +66,17 @@ class SecondMoment:
             return
         self.begin()
         for mean, weight in zip(self.means, self.weights, strict=True):
-            mean = local(mean).mul_(MEMORY)
+            mean = local(mean)
             if weight.grad is None:
+                mean.mul_(MEMORY)
                 continue
             grad = local(weight.grad.detach())
             if grad.is_sparse:
                 grad = grad.to_dense()
             if grad_scale is not None:  # may have overflowed, and then the step will be skipped
                 grad = torch.nan_to_num(grad / grad_scale.to(grad.device), 0.0, 0.0, 0.0)
-            grad = grad.to(mean.device)
-            mean.addcmul_(grad, grad, value=1 - MEMORY)
+            for m, g in chunks([mean], [grad.to(mean.device)]):
+                m.mul_(MEMORY).addcmul_(g, g, value=1 - MEMORY)
 
     def begin(self) -> None:
         """Make room for the means that are kept here, if there is none."""
@@ -91,16 +93,29 @@ class SecondMoment:
 
     def weigh(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Return `values`, one tensor a weight, times v^p in single precision; as they are before a first step has made v."""
-        moments = self.means or self._kept_by_optimizer()
-        if all(moment is None for moment in moments):
+        if not self.known:
             return list(values)
-        return [self._factor(moment, v) * v for moment, v in zip(moments, values, strict=True)]
+        return [self._factor(moment, v) * v for moment, v in zip(self.moments, values, strict=True)]
+
+    @property
+    def moments(self) -> list[Tensor] | list[Tensor | None]:
+        """The mean v of every weight, the optimizer's or the one kept here; None where there was no gradient to make one."""
+        return self.means or self._kept_by_optimizer()
+
+    @property
+    def known(self) -> bool:
+        """Whether there is any v yet."""
+        return any(moment is not None for moment in self.moments)
+
+    def root(self, moment: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return v^p in single precision, of any piece of v."""
+        root = torch.add(moment if out is not None else moment.float(), _TINY, out=out).sqrt_()
+        return root if POWERS[self.name] == 0.5 else root.sqrt_()
 
     def _factor(self, moment: Tensor | None, like: Tensor) -> Tensor:
         if moment is None:  # never had a gradient: the loss does not feel it
             return torch.full_like(like, _TINY ** POWERS[self.name], dtype=torch.float32)
-        root = (moment.to(like.device, torch.float32) + _TINY).sqrt_()
-        return root if POWERS[self.name] == 0.5 else root.sqrt_()
+        return self.root(moment.to(like.device))
 
     def _kept_by_optimizer(self) -> list[Tensor | None]:
         states = (self.optimizer.state.get(weight, {}) for weight in self.weights)

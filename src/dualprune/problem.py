@@ -108,10 +108,10 @@ class Problem:
     def magnitude_pools(self, asked: Asked = _final) -> list[tuple[list[int], int]] | None:
         """Return the targets that share a threshold, and how many weights these keep; None where there is more to a mask.
 
-        There is with other patterns than `Unstructured`, ties, zeros that stay, grids, LAMP, importance, and weights cut up
-        over ranks.
+        There is with other patterns than `Unstructured`, ties, zeros that stay, grids, LAMP, and weights cut up over ranks. The
+        threshold is one for `ranked` values.
         """
-        special = self.frozen is not None or self.ties or self.budget == "lamp" or self.importance is not None
+        special = self.frozen is not None or self.ties or self.budget == "lamp"
         special = special or any(t.bits is not None for t in self.targets)
         plain = all(isinstance(t.pattern, Unstructured) and not hasattr(t.weight, "to_local") for t in self.targets)
         if special or not plain:

@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dualprune.chunks import chunks
 from dualprune.distributed import empty_like, local
 from dualprune.errors import DualpruneError, suggest
 from dualprune.kernels import add_penalty_
 from dualprune.patterns import Filter
 from dualprune.problem import Asked, Problem, Target
 from dualprune.schedules import Closing, Geometric, Schedule, as_schedule, check_curve, check_fraction, ramped
-from dualprune.solvers.vector import Kept, Scratch, Shifted, chunks, follow_, pull_, pull_outside_
+from dualprune.solvers.vector import Kept, RankedCut, Ranking, Scratch, Shifted, follow_, pull_, pull_outside_
 from dualprune.stride import Stride
 
 Row = dict[str, Any]
@@ -246,13 +247,18 @@ class DualSolver(Solver):
 
 def _cuts(problem: Problem, V: Shifted, asked: Asked) -> Sequence[Kept] | None:
     """Return the projection of V as thresholds where that is all of it, so that neither V nor a mask is held."""
-    pools = problem.magnitude_pools(asked)
+    pools, ranking = problem.magnitude_pools(asked), None
+    if problem.importance is not None and problem.importance.known:
+        moments = problem.importance.moments
+        if any(m is None or m.device != w.device for m, w in zip(moments, V.W, strict=True)):
+            return None
+        ranking = Ranking([m for m in moments if m is not None], problem.importance.root)
     cuts: dict[int, Kept] = {}
     for members, k in pools or ():
-        cut = V.cut(members, k)
+        cut = V.cut(members, k, ranking)
         if cut is None:
             return None
-        cuts |= dict.fromkeys(members, cut)
+        cuts |= {i: cut if ranking is None else RankedCut(cut, ranking.moments[i], ranking.root) for i in members}
     return [cuts[i] for i in sorted(cuts)] if pools else None
 
 

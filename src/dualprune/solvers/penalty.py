@@ -9,8 +9,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from dualprune.chunks import chunks
 from dualprune.patterns import Block, Channel, Column, Filter, Kernel, Pattern
-from dualprune.solvers.vector import chunks
 
 Grouped = Filter | Channel | Column | Kernel | Block
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dualprune.chunks import chunks
 from dualprune.errors import DualpruneError, suggest
 from dualprune.patterns import Pattern, Unstructured
 from dualprune.problem import Problem
 from dualprune.schedules import check_fraction, check_positive
 from dualprune.solvers.base import Clock, Method, Row, Solver, Store, dense_gradient
 from dualprune.solvers.penalty import Penalty, grouped, unit_norms
-from dualprune.solvers.vector import Tensors, chunks
+from dualprune.solvers.vector import Tensors
 
 NORMS = ("plain", "squared")
 FIRST_PUSH = 1.0  # the first λ: the norm of the penalty's gradient over that of the loss's

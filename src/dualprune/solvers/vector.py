@@ -7,31 +7,19 @@ Of tensors that are cut up over ranks (DTensors) every rank walks through its ow
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dualprune.chunks import chunks, dense
 from dualprune.distributed import agree, local, total
 from dualprune.scratch import Scratch
 from dualprune.selection import BITS, Cut, memory_order
 
 Tensors = Sequence[Tensor]
-Kept = Cut | tuple[Tensor, Tensor]  # what a projection keeps of one tensor: a threshold, or a point and its mask
-_CHUNK = 1 << 19  # elements: few enough for a shared cache, and enough that starting an operator is little beside it
-
-
-def chunks(*lists: Tensors) -> Iterator[tuple[Tensor, ...]]:
-    """Yield matching flat pieces of the tensors; whole tensors where layouts differ or the memory is not the CPU's."""
-    for whole in zip(*lists, strict=True):
-        group = tuple(local(t) for t in whole)
-        first = group[0]
-        same = all(t.stride() == first.stride() and t.device.type == "cpu" for t in group)
-        if not same or first.numel() <= _CHUNK or not _dense(first):
-            yield group
-        else:
-            yield from zip(*(memory_order(t).split(_CHUNK) for t in group), strict=True)
+Root = Callable[[Tensor, Tensor | None], Tensor]  # a piece of v, and memory for the answer ↦ what magnitudes are multiplied by
 
 
 def lagrangian_terms(W: Tensors, Z: Tensors, lam: Tensors) -> tuple[float, float]:
@@ -105,21 +93,50 @@ class Shifted:
             return torch.add(w.float(), multiplier.to(w.device), alpha=1 / self.rho).to(w.dtype)
         return torch.add(w, multiplier.to(w.device), alpha=1 / self.rho, out=out).to(w.dtype)
 
-    def cut(self, members: Sequence[int], k: int) -> Cut | None:
-        """Return the cut that keeps the k largest magnitudes of the tensors with the indices `members`; None if a mask must.
+    def cut(self, members: Sequence[int], k: int, ranking: Ranking | None = None) -> Cut | None:
+        """Return the cut that keeps the k largest of the tensors with the indices `members`; None if a mask must.
 
         It must where elements at the threshold tie and the memory of a tensor is not in the order in which ties are kept.
         """
-        W, lam = ([tensors[i] for i in members if self.W[i].numel()] for tensors in (self.W, self.lam))
+        lists = (self.W, self.lam) if ranking is None else (self.W, self.lam, ranking.moments)
+        W, lam, *moments = ([tensors[i] for i in members if self.W[i].numel()] for tensors in lists)
         room = Scratch()
+
+        def rank(w: Tensor, multiplier: Tensor, *moment: Tensor, out: Tensor | None = None) -> Tensor:
+            v = self.form(w, multiplier, out)
+            return _rank(v, moment[0], ranking.root, None if out is None else room, v) if ranking is not None else v
 
         def values(stride: int) -> Iterable[Tensor]:
             if stride == 1:
-                return (self.form(w, m, _reused(room, w)).reshape(-1) for w, m in chunks(W, lam))
-            return (self.form(*(_flat(t, w)[::stride] for t in (w, m))) for w, m in zip(W, lam, strict=True))
+                return (rank(w, *rest, out=_reused(room, w)).reshape(-1) for w, *rest in chunks(W, lam, *moments))
+            rows = zip(W, lam, *moments, strict=True)
+            return (rank(*(_flat(t, w)[::stride] for t in (w, *rest))) for w, *rest in rows)
 
         cut = Cut(values, k, sum(w.numel() for w in W))
         return cut if not cut.surplus or all(w.is_contiguous() for w in W) else None
+
+
+class Ranking(NamedTuple):
+    """What ranks the weights in place of magnitude alone: v of each tensor, and the power of it."""
+
+    moments: Tensors
+    root: Root
+
+
+class RankedCut(NamedTuple):
+    """A cut of what ranks one tensor, and v of that tensor, of which the rank is made."""
+
+    cut: Cut
+    moment: Tensor
+    root: Root
+
+    def __call__(self, v: Tensor, moment: Tensor, room: Scratch) -> Tensor:
+        """Cut the next piece, in place, and return it."""
+        left = self.cut(_rank(v, moment, self.root, room, None))
+        return v.mul_(torch.ne(left, 0, out=left))
+
+
+Kept = Cut | RankedCut | tuple[Tensor, Tensor]  # what a projection keeps of one tensor: a threshold, or a point and its mask
 
 
 class Moved(NamedTuple):
@@ -135,10 +152,15 @@ def replace_(Z: Tensors, V: Shifted, kept: Sequence[Kept]) -> Moved:
     """Z ← what is kept of V, and 0 elsewhere: one pass over W, Λ and Z, which also takes the sums at the new Z."""
     rows, room = [], Scratch()
     for z_whole, w_whole, lam_whole, keep in zip(Z, V.W, V.lam, kept, strict=True):
-        masked = () if isinstance(keep, Cut) else keep
+        beside = () if isinstance(keep, Cut) else (keep.moment,) if isinstance(keep, RankedCut) else keep
         terms = []
-        for z, w, multiplier, *masks in chunks(*([t] for t in (z_whole, w_whole, lam_whole, *masked))):
-            new = keep(V.form(w, multiplier, room.like(w, "new"))) if isinstance(keep, Cut) else _masked(*masks)
+        for z, w, multiplier, *rest in chunks(*([t] for t in (z_whole, w_whole, lam_whole, *beside))):
+            if isinstance(keep, Cut):
+                new = keep(V.form(w, multiplier, room.like(w, "new")))
+            elif isinstance(keep, RankedCut):
+                new = keep(V.form(w, multiplier, room.like(w, "new")), rest[0], room)
+            else:
+                new = _masked(*rest)
             new = new.to(z.device, z.dtype)
             # 1 for nonzero in the dtype of the numbers themselves: on a CPU booleans cost several times as much
             were, are = (torch.ne(t, 0, out=room.like(t, role)) for t, role in ((z, "were"), (new, "are")))
@@ -161,6 +183,15 @@ def all_finite(tensors: Tensors) -> bool:
     return agree(finite, tensors)
 
 
+def _rank(v: Tensor, moment: Tensor, root: Root, room: Scratch | None, out: Tensor | None) -> Tensor:
+    """Return v times the root of its moment in single precision, in `out` if that is as wide."""
+    factor = root(moment, None if room is None else room.like(v, "factor", torch.float32))
+    wide = torch.promote_types(v.dtype, torch.float32)
+    if out is not None and out.dtype == wide:
+        return torch.mul(v, factor, out=out)
+    return torch.mul(v, factor, out=factor) if wide is torch.float32 else v * factor
+
+
 def _masked(point: Tensor, mask: Tensor) -> Tensor:
     bits = mask.to(BITS[point.itemsize]).neg_()  # all ones where kept: without branches, unlike a masked fill
     return bits.bitwise_and_(point.view(bits.dtype)).view(point.dtype)
@@ -177,7 +208,7 @@ def _gap(w: Tensor, z: Tensor, room: Scratch) -> Tensor:
 def _laid_out(w: Tensor, role: str, room: Scratch, dtype: torch.dtype | None = None) -> Tensor:
     """Return memory of w's shape and, where it has no gaps, w's strides, as wide as w and `dtype`."""
     out = room.like(w, role, torch.promote_types(w.dtype, dtype or w.dtype))
-    return out if w.is_contiguous() or not _dense(w) else out.as_strided(w.shape, w.stride())
+    return out if w.is_contiguous() or not dense(w) else out.as_strided(w.shape, w.stride())
 
 
 def _reused(room: Scratch, w: Tensor) -> Tensor | None:
@@ -186,11 +217,7 @@ def _reused(room: Scratch, w: Tensor) -> Tensor | None:
 
 def _flat(t: Tensor, like: Tensor) -> Tensor:
     """View `t` as 1-D in an order that it shares with `like`, which has its shape; copies where they are laid out unlike."""
-    return memory_order(t) if t.stride() == like.stride() and _dense(like) else t.reshape(-1)
-
-
-def _dense(t: Tensor) -> bool:
-    return torch.empty_like(t, device="meta").stride() == t.stride()
+    return memory_order(t) if t.stride() == like.stride() and dense(like) else t.reshape(-1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
