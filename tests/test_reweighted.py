@@ -28,10 +28,10 @@ from dualprune import (
     Reweighted,
     Unstructured,
     attach,
+    chunks,
 )  # fmt: skip
 from dualprune.patterns import Pattern
 from dualprune.scope import build_problem
-from dualprune.solvers import vector
 from dualprune.solvers.base import Clock, Store
 from dualprune.solvers.reweighted import ReweightedSolver, feedback
 from dualprune.stride import Stride
@@ -372,7 +372,7 @@ def test_a_step_allocates_cache_sized_pieces_at_most_and_never_waits(pattern: st
         optimizer.grad_scale = torch.tensor(scale)
     with Largest() as seen:
         before_step(pruner)
-    assert seen.elements <= vector._CHUNK < 800 * 800 and seen.syncs == 0
+    assert seen.elements <= chunks._CHUNK < 800 * 800 and seen.syncs == 0
 
 
 def test_state_is_one_number_a_unit_and_one_byte_a_weight() -> None:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dualprune.chunks
+from dualprune.chunks import chunks
 from dualprune.scratch import Scratch
 from dualprune.selection import keep_largest
-from dualprune.solvers import vector
 from dualprune.solvers.vector import (
     Shifted,
     all_finite,
     ascend_,
-    chunks,
     lagrangian_terms,
     pull_,
     pull_outside_,
@@ -27,7 +27,7 @@ BIG = 3 * CHUNK + 5  # several chunks and a rest
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(vector, "_CHUNK", CHUNK)
+    monkeypatch.setattr(dualprune.chunks, "_CHUNK", CHUNK)
 
 
 def tensors(dtype: torch.dtype, layout: str, seed: int) -> list[Tensor]:
