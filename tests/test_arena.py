@@ -69,7 +69,18 @@ def test_every_cell_tunes_all_alike_and_retrains(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem and recipe.prune.retrain_epochs == 2
     counts = {label: len(table.trials) for label, table in recipe.methods.items()}
-    expected = {"oneshot", "gradual", "gradual-geometric", "admm", "admm-published", "slr", "reweighted", "acdc", "safe"}
+    expected = {
+        "oneshot",
+        "gradual",
+        "gradual-geometric",
+        "gradual-adaptive",
+        "admm",
+        "admm-published",
+        "slr",
+        "reweighted",
+        "acdc",
+        "safe",
+    }
     assert set(counts) >= expected
     assert {label: n for label, n in counts.items() if n != 6} == {"oneshot": 0}
     assert {key for trial in recipe.method("slr").trials for key in trial} == {"lr"}, "SLR's default is what is tested"
