@@ -320,6 +320,25 @@ def test_one_that_only_looks_the_part_has_its_mean_kept_here() -> None:
     assert all(f"moment.{t.name}" in pruner.state_dict() for t in pruner.problem.targets)
 
 
+class Stranger(Sign):
+    """Keeps squared gradients under Adam's name, from its first step on, without being an Adam."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["exp_avg_sq"] = p.grad.square()
+
+
+def test_means_that_a_stranger_keeps_are_read_where_they_lie() -> None:
+    model = tiny_net()
+    optimizer = Stranger(model.parameters())
+    pruner = attach(model, optimizer, SLR(), rate=5, total_steps=99, every=4)
+    train(model, optimizer, range(12), pruner)
+    assert not any(key.startswith("moment.") for key in pruner.state_dict())
+    theirs = [optimizer.state[t.weight]["exp_avg_sq"] for t in pruner.problem.targets]
+    assert all(mine is other for mine, other in zip(pruner.problem.importance.moments, theirs, strict=True))
+
+
 def test_an_attach_that_failed_stops_no_step() -> None:
     model = tiny_net()
     optimizer = Sign(model.parameters())

@@ -61,7 +61,7 @@ class SecondMoment:
         Args:
             grad_scale: what they are to be divided by, where a fused optimizer unscales them by itself.
         """
-        if isinstance(self.optimizer, _KEEPERS) or any(self._kept_by_optimizer()):
+        if isinstance(self.optimizer, _KEEPERS) or any(moment is not None for moment in self._kept_by_optimizer()):
             self.means.clear()
             return
         self.begin()
