@@ -49,7 +49,10 @@ class SecondMoment:
         dtype: torch.dtype | None = None, device: str | torch.device | None = None,
     ) -> None:  # fmt: skip
         if optimizer is None:
-            raise DualpruneError(f"importance={name!r} goes by the gradients of a training loop, got no optimizer: 'magnitude'")
+            raise DualpruneError(
+                f"importance={name!r} goes by the gradients of a training loop, got no optimizer: pass that of the loop, or "
+                "importance='magnitude'"
+            )
         self.name, self.optimizer, self.weights = name, optimizer, list(weights)
         self.means: list[Tensor] = []
         self.dtype = torch.bfloat16 if dtype is not None and dtype.itemsize < 4 else torch.float32
