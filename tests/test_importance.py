@@ -232,6 +232,33 @@ def test_a_fused_step_that_overflows_leaves_no_trace_but_its_own_weight() -> Non
     assert torch.allclose(moments.means[0], MEMORY * before)
 
 
+class Fragile(torch.optim.SGD):
+    """Runs out of memory in its first step."""
+
+    whole = False
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if not self.whole:
+            self.whole = True
+            raise MemoryError
+        super().step()
+
+
+def test_a_step_that_is_tried_again_counts_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 8)
+    optimizer = Fragile(model.parameters(), 0.1)
+    pruner = attach(model, optimizer, GradualMagnitude(), rate=4, ignore=(), importance="adaptive", total_steps=99, every=50)
+    model(torch.randn(4, 6)).square().sum().backward()
+    gradient = model.weight.grad.clone()
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()  # without gradients: nothing to count
+    assert torch.allclose(pruner.state_dict()["moment.weight"], by_hand([gradient]))
+
+
 def test_sparse_gradients_count_like_dense_ones() -> None:
     table = nn.Embedding(8, 4, sparse=True)
     optimizer = torch.optim.SGD(table.parameters(), 0.1)

@@ -318,7 +318,8 @@ def test_a_step_within_a_step_is_one_step(method):
     """With the penalty in the gradient (ADMM) or after the step (SLR), and a step that failed once on the way."""
     nets = tiny_net(), tiny_net()
     optimizers = Clipped(nets[0].parameters(), lr=0.05), torch.optim.SGD(nets[1].parameters(), lr=0.05)
-    pruners = [attach(net, opt, method, rate=5, every=2, total_steps=20) for net, opt in zip(nets, optimizers, strict=True)]
+    options = {"rate": 5, "every": 2, "total_steps": 20, "importance": "magnitude"}  # else gradients of the failed step count
+    pruners = [attach(net, opt, method, **options) for net, opt in zip(nets, optimizers, strict=True)]
     losses = []
     for net, optimizer, pruner in zip(nets, optimizers, pruners, strict=True):
         losses.append(train(net, optimizer, range(7), pruner))
@@ -330,6 +331,14 @@ def test_a_step_within_a_step_is_one_step(method):
         losses[-1] += train(net, optimizer, range(7, 20), pruner)
         assert pruner.step_count == 20
     assert losses[0] == losses[1] and pruners[0].history == pruners[1].history
+    assert same_bits(nets[0].state_dict(), nets[1].state_dict())
+
+
+def test_a_step_within_a_step_counts_once_towards_what_ranks():
+    nets = tiny_net(), tiny_net()
+    optimizers = Clipped(nets[0].parameters(), lr=0.05), torch.optim.SGD(nets[1].parameters(), lr=0.05)
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, range(20), attach(net, optimizer, SLR(), rate=5, every=2, total_steps=20))
     assert same_bits(nets[0].state_dict(), nets[1].state_dict())
 
 

@@ -58,15 +58,17 @@ class SecondMoment:
         self.dtype = torch.bfloat16 if dtype is not None and dtype.itemsize < 4 else torch.float32
         self._device = device
 
-    def watch(self, grad_scale: Tensor | None) -> None:
-        """Take in the gradients of a step that is about to be made, before a penalty is added to them.
+    def watch(self, grad_scale: Tensor | None) -> bool:
+        """Take in the gradients of a step to be made, before a penalty is added to them; tell whether there were any.
 
         Args:
             grad_scale: what they are to be divided by, where a fused optimizer unscales them by itself.
         """
         if isinstance(self.optimizer, _KEEPERS) or any(moment is not None for moment in self._kept_by_optimizer()):
             self.means.clear()
-            return
+            return True
+        if all(weight.grad is None for weight in self.weights):
+            return False
         self.begin()
         for mean, weight in zip(self.means, self.weights, strict=True):
             mean = local(mean)
@@ -80,6 +82,7 @@ class SecondMoment:
                 grad = torch.nan_to_num(grad / grad_scale.to(grad.device), 0.0, 0.0, 0.0)
             for m, g in chunks([mean], [grad.to(mean.device)]):
                 m.mul_(MEMORY).addcmul_(g, g, value=1 - MEMORY)
+        return True
 
     def begin(self) -> None:
         """Make room for the means that are kept here, if there is none."""

@@ -153,6 +153,7 @@ class Pruner:
         self.process_group: Any = None
         self.checks_replicas = False
         self._evaluating = False
+        self._watched = -1  # the last step whose gradients the importance has seen
         self._step_at: FrameType | None = None  # where torch called the hook before the step that is going on
         self._zeros_are_few = problem.frozen is None  # checked before anything moves, but not on the way to a loaded state
         self._drops: list[Tensor] | None = None  # True = dropped; set while masks are on
@@ -227,8 +228,9 @@ class Pruner:
             return
         with torch.no_grad():
             scale = getattr(optimizer, "grad_scale", None)
-            if self.problem.importance is not None:
-                self.problem.importance.watch(scale)  # the loss's gradients, before the penalty's
+            if self.problem.importance is not None and self._watched != self.step_count:
+                # the loss's gradients, before the penalty's; a step that fails and is tried again counts once
+                self._watched = self.step_count if self.problem.importance.watch(scale) else -1
             if self.solver.penalises:
                 self.solver.penalty_(scale)
 
@@ -502,6 +504,7 @@ class Pruner:
                 mine.copy_(saved)
         for mine, saved in zip(self.problem.frozen or (), frozen, strict=True):
             mine.copy_(saved)
+        self._watched = -1
         if self.problem.importance is not None:
             self.problem.importance.take(means)
         self.solver.scalars = dict(meta["scalars"])
