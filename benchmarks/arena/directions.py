@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="1", help="comma-separated (1)")
     parser.add_argument("--rate", type=float, default=30, help="over all convolutions but the first, and the classifier (30)")
     parser.add_argument("--lr", type=float, default=0.1, help="of SGD with momentum (0.1)")
+    parser.add_argument("--importance", help="what ranks the weights: magnitude, adaptive, second-moment (the method's own)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, required=True, help="the runs; read before and written after each")
     args = parser.parse_args()
@@ -62,15 +63,19 @@ def main() -> None:
         for label in args.methods.split(","):
             for variant in args.variants.split(","):
                 key = f"{label} {variant} {args.rate:g}x lr {args.lr:g} seed {seed}"
+                key += f" by {args.importance}" * bool(args.importance)
                 rows = json.loads(args.json.read_text()) if args.json.exists() else {}
                 if key not in rows:
-                    row = run(data, args.dense, label, variant, rate=args.rate, lr=args.lr, seed=seed)
+                    settings = {"rate": args.rate, "lr": args.lr, "seed": seed, "importance": args.importance}
+                    row = run(data, args.dense, label, variant, **settings)
                     rows = json.loads(args.json.read_text()) if args.json.exists() else {}
                     write_json(args.json, rows | {key: row})
                     print(key, row, flush=True)
 
 
-def run(data: ImageData, dense: Path, label: str, variant: str, *, rate: float, lr: float, seed: int) -> dict[str, float]:
+def run(
+    data: ImageData, dense: Path, label: str, variant: str, *, rate: float, lr: float, seed: int, importance: str | None
+) -> dict[str, float]:
     """Prune with one variant; return the accuracy on the held-out images after cutting, the last epoch's loss, minutes."""
     torch.manual_seed(seed)
     began = time.monotonic()
@@ -83,8 +88,8 @@ def run(data: ImageData, dense: Path, label: str, variant: str, *, rate: float, 
     steps = EPOCHS * a_epoch // (2 if variant == "sharpness" else 1)
     every = max(1, steps // (EPOCHS * UPDATES))
     pruner = dualprune.attach(
-        model, optimizer, _method(label, variant), rate=rate, ignore=("conv1.weight",), budget="global", every=every,
-        total_steps=steps,
+        model, optimizer, _method(label, variant), rate=rate, ignore=("conv1.weight",), budget="global",
+        importance=importance, every=every, total_steps=steps,
     )  # fmt: skip
     average, averaged, losses, step = copy.deepcopy(model), 0, [], 0
     while step < steps:
