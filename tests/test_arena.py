@@ -105,9 +105,16 @@ def test_a_small_twin_differs_in_its_images_and_precision_alone(arena, empty):
     assert text.count("-small\n") == 1, "twins that are not run are not shown"
 
 
-@pytest.mark.parametrize("name", ["chargpt-2of4-small", "resnet20-5x"])
+@pytest.mark.parametrize("name", [path.stem for path in CELLS])
+def test_every_cell_has_a_small_twin_with_the_same_trials_and_epochs(arena, name):
+    full, small = arena.load_cell(name), arena.load_cell(f"{name}-small")
+    assert small.methods == full.methods and small.training.epochs == full.training.epochs
+    assert small.prune == full.prune and small.data.options != full.data.options
+
+
+@pytest.mark.parametrize("name", ["resnet20-5x-small", "resnet20-5x"])
 def test_a_cell_that_is_not_there_is_refused(arena, name):
-    with pytest.raises(SystemExit, match=r"no small twin: cells of cifar10|no cell 'resnet20-5x'; there are chargpt-2of4"):
+    with pytest.raises(SystemExit, match=rf"no cell '{name}'; there are chargpt-2of4"):
         arena.load_cell(name)
 
 

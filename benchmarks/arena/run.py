@@ -6,8 +6,8 @@ A cell is a recipe in benchmarks/arena/cells. For every method: its trials on im
 the chosen settings on the test set (seeds 1, 2, 3), right after the cut and after two epochs under the masks. Finished
 runs are never redone and broken ones go on, so the same command goes on after any interruption. After every method
 results/arena/<cell>.json and the tables of docs/arena.md are written. A method that fails is reported and the rest goes on;
-the exit code is then 1. A cell of CIFAR-10 or MNIST has a small twin, `<cell>-small`, whose epochs are of 10,000 images,
-in float32: what has bfloat16 arithmetic and what has not then add rows to the same table.
+the exit code is then 1. Every cell has a small twin, `<cell>-small`, whose epochs are shorter (`TWINS`), in float32: what
+has bfloat16 arithmetic and what has not then add rows to the same table.
 """
 
 from __future__ import annotations
@@ -38,7 +38,17 @@ ROOT = Path(__file__).resolve().parents[2]
 CELLS = Path(__file__).resolve().parent / "cells"
 SEEDS = (1, 2, 3)
 BEGIN, END = "<!-- begin arena -->", "<!-- end arena -->"
-SMALL, SMALL_IMAGES, SMALL_DATA = "-small", 10_000, ("cifar10", "mnist")
+SMALL = "-small"
+# by data: what a small twin's epoch is made of, and how a recipe says so
+TWINS = {
+    "cifar10": ("10,000 training images", ["data.options.subset=10000"]),
+    "mnist": ("10,000 training images", ["data.options.subset=10000"]),
+    "tinyimagenet": ("2,500 training images", ["data.options.subset=2500"]),
+    "tinyshakespeare": (
+        "2,000 windows of the text, with a model of 0.8 million weights",
+        ["data.options.windows=2000", "model.options={width=128, depth=4, heads=4, length=128}", "dense.epochs=24"],
+    ),
+}
 HEAD = "method|after cutting, %|after 2 epochs more, %|n|rate|lr|minutes|peak memory, MB|settings"
 
 
@@ -84,21 +94,19 @@ def names(cells: Path = CELLS) -> list[str]:
 
 
 def load_cell(name: str, cells: Path = CELLS) -> Recipe:
-    """A cell by name; with "-small" behind it, its twin: the same trials, seeds and epochs, but of 10,000 training images.
+    """A cell by name; with "-small" behind it, its twin: the same trials, seeds and epochs, but of less data (`TWINS`).
 
     Raises:
-        SystemExit: there is no such cell, or it has no twin.
+        SystemExit: there is no such cell.
     """
     full = name.removesuffix(SMALL)
     if full not in names(cells):
-        raise SystemExit(f"no cell {name!r}; there are {', '.join(names(cells))}")
+        raise SystemExit(f"no cell {name!r}; there are {', '.join(names(cells))}, and each with {SMALL} behind it")
     recipe = load_recipe(cells / f"{full}.toml")
     if full == name:
         return recipe
-    if recipe.data.name not in SMALL_DATA:
-        raise SystemExit(f"{full} has no small twin: cells of {' and '.join(SMALL_DATA)} have, this is {recipe.data.name}")
-    description = f"{recipe.description}, of {SMALL_IMAGES:,} training images"
-    changes = [f"name={name}", f"description={json.dumps(description)}", f"data.options.subset={SMALL_IMAGES}"]
+    epoch, smaller = TWINS[recipe.data.name]
+    changes = [f"name={name}", f"description={json.dumps(f'{recipe.description}, of {epoch}')}", *smaller]
     # more held out, as there is less to choose on; and no cut measured on the way, which takes a third of such an epoch
     changes += ["data.validation=0.2", f"training.measure_every={math.ceil(recipe.training.epochs)}"]
     changes += ["training.precision=float32"]  # a cell takes days of many processors, and not all have bfloat16

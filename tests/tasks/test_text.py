@@ -71,6 +71,9 @@ def test_batches_are_a_function_of_seed_epoch_and_step(file):
     one, order = task(file), {"batch_size": 16, "seed": 3, "epoch": 1}
     batches = list(one.train_batches(**order))
     assert len(batches) == one.steps_per_epoch(16) == 2160 // 256
+    few = task(file, "data.options.windows=40")
+    assert len(list(few.train_batches(batch_size=16, seed=0, epoch=0))) == few.steps_per_epoch(16) == 40 // 16
+    assert task(file, "data.options.windows=3").steps_per_epoch(16) == 1
     resumed = next(one.train_batches(**order, start_step=5))
     assert torch.equal(batches[5][0], resumed[0]) and torch.equal(batches[5][1], resumed[1])
     assert not torch.equal(batches[0][0], next(one.train_batches(**{**order, "epoch": 2}))[0])
@@ -143,7 +146,8 @@ def test_a_run_by_recipe(file, tmp_path):
         ("model.options.heads=3", "heads that divide the width"),
         ("model.options.deep=3", r"\[model\] options: unknown key 'deep', did you mean 'depth'"),
         ("data.name=shakespeare", "no text 'shakespeare', did you mean 'tinyshakespeare'"),
-        ("data.options.lower=true", "a text takes none, got lower"),
+        ("data.options.lower=true", r"\[data\] options: unknown key 'lower'; there are windows"),
+        ("data.options.windows=0", "how many an epoch is made of, at least 1; got 0"),
         ("data.root=nowhere.txt", "needs root, the text file; got 'nowhere.txt'"),
         ("model.options.length=9999", "more than 2160 bytes to train on"),
     ],

@@ -39,6 +39,17 @@ class ModelOptions:
     dropout: float = 0.0
 
 
+@dataclass(frozen=True)
+class DataOptions:
+    """``[data] options``: `windows`, how many an epoch is made of; None: as many as the text has bytes for."""
+
+    windows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.windows is not None and self.windows < 1:
+            raise DualpruneError(f"[data] options: windows is how many an epoch is made of, at least 1; got {self.windows}")
+
+
 class Text(Task):
     """A GPT on bytes; the text is mapped when it is first needed.
 
@@ -54,11 +65,14 @@ class Text(Task):
         return read_options(ModelOptions, self.recipe.model.options, "[model] options")
 
     @cached_property
+    def data_options(self) -> DataOptions:
+        """``[data] options``, checked."""
+        return read_options(DataOptions, self.recipe.data.options, "[data] options")
+
+    @cached_property
     def data(self) -> texts.Corpus:
         """The text, its end held out where the split is "validation"."""
-        table = self.recipe.data
-        if table.options:
-            raise DualpruneError(f"[data] options: a text takes none, got {', '.join(table.options)}")
+        _, table = self.data_options, self.recipe.data
         data = texts.load_text(table.name, table.root)
         self._sha256 = data.sha256()
         return data.hold_out(table.validation) if self.split == "validation" else data
@@ -79,8 +93,9 @@ class Text(Task):
         return model.to(self.device)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Return in how many batches as many bytes are seen as there are; at least one."""
-        return max(1, len(self.data.train) // (batch_size * self.options.length))
+        """Return in how many batches the `windows` of an epoch are seen, or as many bytes as there are; at least one."""
+        windows = self.data_options.windows or len(self.data.train) // self.options.length
+        return max(1, windows // batch_size)
 
     def train_batches(self, *, batch_size: int, seed: int, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield batches of windows that begin anywhere."""
