@@ -59,7 +59,7 @@ def arena():
 
 @pytest.fixture
 def empty(tmp_path):
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/figures").mkdir(parents=True)
     (tmp_path / "docs/arena.md").write_text("before\n<!-- begin arena -->\nold\n<!-- end arena -->\nafter\n")
     return tmp_path
 
@@ -103,6 +103,20 @@ def test_a_small_twin_differs_in_its_images_and_precision_alone(arena, empty):
     text = (empty / "docs/arena.md").read_text()
     assert text.index("### resnet20-50x-5e\n") < text.index("### resnet20-50x-5e-small\n"), "a twin stands behind its cell"
     assert text.count("-small\n") == 1, "twins that are not run are not shown"
+
+
+def test_the_page_has_a_figure_once_slr_has_met_a_rival(arena, empty):
+    arena.write_page(empty)
+    assert not list((empty / "docs/figures").iterdir())
+
+    behind = {"gradual": 79.0, "oneshot": 10.0}
+    rows = [ROW | {"label": "slr"}, *(ROW | {"label": label, "mean": mean, "std": None} for label, mean in behind.items())]
+    arena.write_json(empty / "results/arena/lenet5-300x-small.json", {"cell": "lenet5-300x-small", "rows": rows})
+    arena.write_json(empty / "results/arena/lenet5-100x.json", {"cell": "lenet5-100x", "rows": [ROW | {"label": "gradual"}]})
+    arena.write_page(empty)
+    assert "<!-- begin arena -->\n\n![Points from SLR" in (empty / "docs/arena.md").read_text()
+    drawn = (empty / "docs/figures/arena.svg").read_text()
+    assert ">lenet5-300x<" in drawn and "lenet5-100x" not in drawn and "70 behind" in drawn
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CELLS])

@@ -136,6 +136,16 @@ def test_density_bars_are_named_while_there_is_room() -> None:
     assert [bar.get_height() for bar in many.axes[0].patches][-1] == 95
 
 
+def test_standings_are_points_from_one_method_and_what_is_far_behind_is_told_in_figures() -> None:
+    one = {"slr": (77.0, 0.4), "gradual": (73.0, 0.6), "oneshot": (16.0, 0.0)}
+    left, right = plots.standings({"one": one, "two": {"slr": (90.0, 0.1), "admm": (90.5, 0.1)}}).axes
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["oneshot", "gradual", "slr", "admm"]
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in left.lines if line.get_marker() == "o"]
+    assert dots == [(-4.0, 1), (0.0, 2)]
+    assert {text.get_text() for text in left.texts} == {"◂ 61 behind", "not run"}
+    assert right.get_xlim()[1] > 0.6, "who is ahead has room"
+
+
 def test_svg_is_well_formed_themed_and_described() -> None:
     figure = plots.accuracy_after_cutting(EPOCHS, dense=91.73)
     svg = plots.to_svg(figure, "fig1", 'less < "more" & all')

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dualprune import plots
 from dualprune.compare import best_trial, check_budgets, compare, summarise, tune, unless_diverged
 from dualprune.errors import DualpruneError
 from dualprune.files import write_json, write_text
@@ -197,7 +198,7 @@ def read(root: Path, name: str) -> dict[str, Any]:
 
 
 def write_page(root: Path = ROOT, cells: Path = CELLS) -> None:
-    """Put the tables of all cells between the markers of docs/arena.md."""
+    """Put a figure of all cells and their tables between the markers of docs/arena.md."""
     page = root / "docs" / "arena.md"
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
@@ -206,8 +207,21 @@ def write_page(root: Path = ROOT, cells: Path = CELLS) -> None:
         raise SystemExit(f"{page} has no markers {BEGIN} and {END}")
     twins = [name + SMALL for name in names(cells) if read(root, name + SMALL)["rows"]]
     recipes = [load_cell(name, cells) for name in sorted(names(cells) + twins)]
-    parts = [section(recipe, read(root, recipe.name)["rows"]) for recipe in recipes]
+    tables = {recipe.name: read(root, recipe.name)["rows"] for recipe in recipes}
+    parts = [*figure(root, tables), *(section(recipe, tables[recipe.name]) for recipe in recipes)]
     write_text(page, before + "\n\n".join([BEGIN, *parts, END]) + after)
+
+
+def figure(root: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Draw how far every method is from SLR, and return what shows it; nothing while no cell has SLR and a rival."""
+    known = {name: {row["label"]: (row["mean"], row["std"] or 0.0) for row in rows} for name, rows in tables.items()}
+    cells = {name.removesuffix(SMALL): rows for name, rows in known.items() if "slr" in rows and len(rows) > 1}
+    if not cells:
+        return []
+    title = "Points from SLR right after cutting, mean and standard deviation"
+    svg = plots.to_svg(plots.standings(cells), "arena", f"{title}; the tables below have the numbers")
+    write_text(root / "docs/figures/arena.svg", svg)
+    return [f"![{title}](figures/arena.svg)"]
 
 
 def section(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -230,8 +244,8 @@ def row_cells(row: Mapping[str, Any], bests: Mapping[str, float | None]) -> list
     settings = (row["choice"] or {}).get("settings", {})
     own = ", ".join(f"{key} {short(value)}" for key, value in settings.items() if key != "lr")
     return [
-        figure(row["mean"], row["std"], bests["mean"]),
-        figure(row["retrained"], row["retrained_std"], bests["retrained"]),
+        number(row["mean"], row["std"], bests["mean"]),
+        number(row["retrained"], row["retrained_std"], bests["retrained"]),
         f"{row['n']}" + (f", and {len(row['diverged'])} diverged" if row["diverged"] else ""),
         f"{row['rate']:.1f}×",
         f"{row['lr']:g}" if row["lr"] else "–",
@@ -241,7 +255,7 @@ def row_cells(row: Mapping[str, Any], bests: Mapping[str, float | None]) -> list
     ]
 
 
-def figure(mean: float | None, std: float | None, best: float | None) -> str:
+def number(mean: float | None, std: float | None, best: float | None) -> str:
     """Return ``91.23 ± 0.04``, in bold where it is the best."""
     if mean is None:
         return "–"

@@ -354,6 +354,51 @@ def density_bars(layers: Sequence[Mapping[str, Any]], *, label: str = "slr") -> 
     return figure
 
 
+@rc_context(_RC)
+def standings(
+    cells: Mapping[str, Mapping[str, tuple[float, float]]], *, reference: str = "slr", furthest: float = 6.0
+) -> Figure:
+    """How far every method is from one of them, in points: a panel a cell, a dot a method with its deviation, best on top.
+
+    The band is the reference's own deviation. Methods that are further behind than the axis reaches stand at its end, their
+    distance in figures.
+
+    Args:
+        cells: ``{cell: {label: (mean, standard deviation)}}``; each has the reference.
+        reference: the method that is at zero.
+        furthest: points behind at which the axis ends.
+    """
+    gaps = {cell: {label: mean - rows[reference][0] for label, (mean, _) in rows.items()} for cell, rows in cells.items()}
+    labels = {label for rows in cells.values() for label in rows}
+    each = {label: [max(gap[label], -2 * furthest) for gap in gaps.values() if label in gap] for label in sorted(labels)}
+    order = sorted(each, key=lambda label: fmean(each[label]))
+    down = -(-len(cells) // 3)
+    figure = Figure(figsize=(_WIDTH, (0.6 + 0.19 * len(order)) * down + 0.2), layout="constrained")
+    panels = list(figure.subplots(down, min(len(cells), 3), squeeze=False, sharey=True).flat)
+    for spare in panels[len(cells) :]:
+        spare.remove()
+    top = max([0.5, *(gap[label] + cells[cell][label][1] for cell, gap in gaps.items() for label in gap)])
+    for axes, (cell, gap) in zip(panels, gaps.items(), strict=False):
+        deviation = cells[cell][reference][1]
+        axes.axvspan(-deviation, deviation, color=style(reference)["color"], alpha=0.2, linewidth=0)
+        axes.axvline(0, color=style(reference)["color"], linewidth=0.8)
+        for place, label in enumerate(order):
+            if label not in gap:
+                axes.annotate("not run", (-furthest, place), va="center", alpha=0.6, fontsize=7)
+            elif gap[label] < -furthest:
+                axes.annotate(f"◂ {-gap[label]:.0f} behind", (-furthest, place), va="center", fontsize=7)
+            else:
+                axes.errorbar(
+                    gap[label], place, xerr=cells[cell][label][1], fmt="o", color=style(label)["color"], linewidth=1.2
+                )
+        axes.set_title(cell)
+        axes.set(yticks=range(len(order)), yticklabels=order, xlim=(-furthest - 0.3, top + 0.3), ylim=(-0.6, len(order) - 0.4))
+        axes.grid(axis="x", color=INK, alpha=0.18, linewidth=0.6)
+        axes.tick_params(length=2.5)
+    figure.supxlabel(f"points from {reference}", fontsize=9)
+    return figure
+
+
 def _panels(*titles: str, height: float = 2.9, side: bool = False) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     shape = (1, len(titles)) if side else (len(titles), 1)
