@@ -116,7 +116,7 @@ def test_the_page_has_a_figure_once_slr_has_met_a_rival(arena, empty):
     arena.write_page(empty)
     assert "<!-- begin arena -->\n\n![Points from SLR" in (empty / "docs/arena.md").read_text()
     drawn = (empty / "docs/figures/arena.svg").read_text()
-    assert ">lenet5-300x<" in drawn and "lenet5-100x" not in drawn and "70 behind" in drawn
+    assert ">lenet5-300x-small<" in drawn and "lenet5-100x" not in drawn and "70 behind" in drawn
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CELLS])

@@ -215,7 +215,7 @@ def write_page(root: Path = ROOT, cells: Path = CELLS) -> None:
 def figure(root: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """Draw how far every method is from SLR, and return what shows it; nothing while no cell has SLR and a rival."""
     known = {name: {row["label"]: (row["mean"], row["std"] or 0.0) for row in rows} for name, rows in tables.items()}
-    cells = {name.removesuffix(SMALL): rows for name, rows in known.items() if "slr" in rows and len(rows) > 1}
+    cells = {name: rows for name, rows in known.items() if "slr" in rows and len(rows) > 1}
     if not cells:
         return []
     title = "Points from SLR right after cutting, mean and standard deviation"
