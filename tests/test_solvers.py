@@ -13,6 +13,7 @@ from dualprune.schedules import as_schedule
 from dualprune.scope import build_problem
 from dualprune.solvers.base import Clock, DualSolver, Method, Store
 from dualprune.solvers.slr import slr_update
+from dualprune.solvers.vector import lagrangian_terms
 from reference import ADMMTwin, GradualTwin, Layers, SLRTwin
 
 SPARSITY = 0.7
@@ -407,6 +408,7 @@ def test_a_copy_that_stays_where_it_is_lowers_nothing_whatever_rounding_says(see
     W = torch.randn(1000)
     support = W.abs() > 1.5
     Z, lam = W * support, torch.randn(1000) * 1e-3 * ~support
-    settings = {"rho": 0.5, "f": 0.0, "L_prev": math.inf, "step": lambda violation: 0.1}
+    terms = lagrangian_terms([W], [Z], [lam])
+    settings = {"terms": terms, "rho": 0.5, "f": 0.0, "L_prev": math.inf, "step": lambda violation: 0.1}
     row = slr_update([W], [Z], [lam], lambda V: [(v, support) for v in V], **settings)
     assert row["z_change"] == 0 and row["condition_w"] and not row["condition_z"]

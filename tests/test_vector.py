@@ -15,6 +15,7 @@ from dualprune.solvers.vector import (
     Shifted,
     all_finite,
     ascend_,
+    follow_,
     lagrangian_terms,
     pull_,
     pull_outside_,
@@ -132,6 +133,19 @@ def test_replace_takes_broadcast_masks() -> None:
 
 
 @LAYOUTS
+def test_z_follows_on_its_support_and_the_terms_are_those_where_it_comes_to(layout: str) -> None:
+    W, Z, lam = (tensors(torch.float32, layout, seed) for seed in (0, 1, 2))
+    for z in Z:
+        z[z.abs() < 1] = 0
+    follows = [True] + [False] * (len(Z) - 1)
+    expected = [torch.where(Z[0] != 0, W[0] + lam[0] / 0.7, 0), *(z.clone() for z in Z[1:])]
+    terms = follow_(Z, W, lam, 0.7, follows)
+    for z, e in zip(Z, expected, strict=True):
+        torch.testing.assert_close(z, e)
+    assert terms == lagrangian_terms(W, Z, lam)
+
+
+@LAYOUTS
 @DTYPES
 @pytest.mark.parametrize("share", [0.0, 1e-5, 0.1, 0.9, 1.0])
 def test_cut_of_what_is_formed_is_the_mask_of_what_is_held(layout: str, dtype: torch.dtype, share: float) -> None:
@@ -166,6 +180,38 @@ def test_cut_keeps_the_first_of_equals(kept: int) -> None:
     replace_(Z, V, [cut, cut])
     masks = keep_largest(W, kept)
     assert all(torch.equal(z, torch.where(m, w, 0)) for z, m, w in zip(Z, masks, W, strict=True))
+
+
+def test_ties_are_kept_from_the_first_one_on_whatever_piece_they_lie_in() -> None:
+    """The search for ties ends with the last that stays: what comes after it is cut by a strict threshold."""
+    W = [torch.zeros(BIG), torch.zeros(BIG)]
+    places = [(0, 3), (0, 2 * CHUNK + 1), (1, 0), (1, CHUNK), (1, 3 * CHUNK + 4)]
+    for i, j in places:
+        W[i][j] = 2.0
+    W[0][7], W[1][-2] = 3.0, -3.0  # above the ties, before and behind the last that stays
+    zero = [torch.zeros_like(w) for w in W]
+    for kept in range(2, 2 + len(places)):
+        Z, V = [torch.full_like(w, 5.0) for w in W], Shifted(W, zero, 1.0)
+        cut = V.cut([0, 1], kept)
+        assert cut is not None
+        replace_(Z, V, [cut, cut])
+        expected = [torch.zeros_like(w) for w in W]
+        expected[0][7], expected[1][-2] = 3.0, -3.0
+        for i, j in places[: kept - 2]:
+            expected[i][j] = 2.0
+        assert all(torch.equal(z, e) for z, e in zip(Z, expected, strict=True))
+
+
+def test_scratch_is_one_memory_a_role_that_grows() -> None:
+    room = Scratch()
+    small, large = torch.zeros(4), torch.zeros(2, 6)
+    first = room.like(small, "a")
+    assert room.like(small, "a") is first
+    assert room.like(small, "b").data_ptr() != first.data_ptr()
+    assert room.like(small, "a", torch.float64).dtype is torch.float64
+    grown = room.like(large, "a")
+    assert (grown.shape, grown.is_contiguous()) == (large.shape, True)
+    assert room.like(small, "a").data_ptr() == grown.data_ptr() == room.like(torch.zeros(12), "a").data_ptr()
 
 
 def test_an_update_holds_neither_v_nor_a_mask() -> None:

@@ -101,19 +101,26 @@ class Cut:
 
     def __init__(self, values: Values, k: int, total: int) -> None:
         self.threshold, self.below, self.ties, self.surplus = 0.0, -1.0 if k else math.inf, 0, 0
+        self._room = Scratch()
         if 0 < k < total:
-            kth, self.ties, self.surplus = kth_largest(values, k, total)
+            kth, ties, surplus = kth_largest(values, k, total)
             self.threshold = float(kth)
-            if self.threshold:
+            if self.threshold:  # zeros that tie are zeros, kept or dropped
+                self.ties, self.surplus = ties, surplus
                 self.below = float((kth.view(BITS[kth.itemsize]) - 1).view(kth.dtype))  # the next smaller float
 
     def __call__(self, v: Tensor) -> Tensor:
         """Cut the next piece, in place, and return it."""
+        if self.surplus and self.ties <= 0:  # all ties that stay have been met
+            return torch.hardshrink(v, self.threshold, out=v)  # |v| > threshold
         kept = torch.hardshrink(v, self.below, out=v)  # |v| ≥ threshold
         if self.surplus:
-            tied = (v.abs() == self.threshold).nonzero(as_tuple=True)
-            kept[tuple(t[max(self.ties, 0) :] for t in tied)] = 0
-            self.ties -= len(tied[0])
+            magnitude = torch.abs(v, out=self._room.like(v, "magnitude"))
+            tied = torch.eq(magnitude, self.threshold, out=magnitude)
+            if tied.any():  # in few pieces only
+                places = tied.nonzero(as_tuple=True)
+                kept[tuple(place[self.ties :] for place in places)] = 0
+                self.ties -= len(places[0])
         return kept
 
 

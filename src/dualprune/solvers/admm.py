@@ -11,7 +11,7 @@ from dualprune.errors import DualpruneError
 from dualprune.problem import Problem
 from dualprune.schedules import Geometric, as_schedule
 from dualprune.solvers.base import Clock, ConstantOrSchedule, DualMethod, DualSolver, Row, Store, first_penalty
-from dualprune.solvers.vector import Shifted, ascend_, lagrangian_terms, replace_
+from dualprune.solvers.vector import Shifted, ascend_, replace_
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class ADMMSolver(DualSolver):
     def update(self, clock: Clock) -> Row:  # noqa: D102
         W, Z, lam = self.problem.weights, self.tensors["Z"], self.tensors["lam"]
         rho = self.penalty(self.admm.rho, clock)
-        self.catch_up(rho)
-        before = math.sqrt(lagrangian_terms(W, Z, lam)[1])
+        before = math.sqrt(self.catch_up(rho)[1])
 
         V = Shifted(W, lam, rho)
         z_change, flips, inner, square = replace_(Z, V, self.project(clock.progress)(V))

@@ -224,12 +224,10 @@ class DualSolver(Solver):
         books |= {"share": schedule.share(clock.steps), "share_of_filters": schedule.share(clock.steps, of_filters=True)}
         return schedule.penalty(eta, books["fastest"], clock.steps * clock.stride.gain)
 
-    def catch_up(self, rho: float) -> None:
-        """Bring Z, where it follows W on its support between updates, to where W is now."""
-        state = zip(self.problem.targets, self.tensors["Z"], self.problem.weights, self.tensors["lam"], strict=True)
-        if rows := [row for target, *row in state if self._follows(target)]:
-            Z, W, lam = zip(*rows, strict=True)
-            follow_(Z, W, lam, rho)
+    def catch_up(self, rho: float) -> tuple[float, float]:
+        """Bring Z, where it follows W on its support between updates, to where W is now; return `lagrangian_terms` there."""
+        follows = [self._follows(target) for target in self.problem.targets]
+        return follow_(self.tensors["Z"], self.problem.weights, self.tensors["lam"], rho, follows)
 
     def _follows(self, target: Target) -> bool:
         return self.method.pull == "outside" and not self._on_grid(target)

@@ -86,6 +86,7 @@ def slr_update(
     lam: Tensors,
     project: Callable[[Shifted], Sequence[Kept]],
     *,
+    terms: tuple[float, float],
     rho: float,
     f: float,
     L_prev: float,
@@ -93,9 +94,10 @@ def slr_update(
 ) -> Row:
     """One iteration of Algorithm 1 after the weights have moved: Z and Λ change in place.
 
-    `f` is the loss at W, `L_prev` the Lagrangian at the last W, `step` maps ‖g‖ to the step size and remembers it.
+    `terms` are ⟨Λ, W − Z⟩ and ‖W − Z‖², `f` is the loss at W, `L_prev` the Lagrangian at the last W, `step` maps ‖g‖ to the
+    step size and remembers it.
     """
-    inner, square = lagrangian_terms(W, Z, lam)
+    inner, square = terms
     before = math.sqrt(square)
     condition_w = f + inner + rho / 2 * square < L_prev  # eq. 6
     if condition_w:
@@ -143,12 +145,13 @@ class SLRSolver(DualSolver):
         # L at the last weights with today's ρ: Λ has not moved since, nor has Z but where it follows W, which only lowers the
         # other side; so two scalars hold all of it
         L_prev = math.inf if f_prev is None else f_prev + books["inner"] + rho / 2 * books["square"]
-        self.catch_up(rho)
+        terms = self.catch_up(rho)
         row = slr_update(
             self.problem.weights,
             self.tensors["Z"],
             self.tensors["lam"],
             self.project(clock.progress),
+            terms=terms,
             rho=rho,
             f=f,
             L_prev=L_prev,

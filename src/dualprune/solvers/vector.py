@@ -24,15 +24,7 @@ Root = Callable[[Tensor, Tensor | None], Tensor]  # a piece of v, and memory for
 
 def lagrangian_terms(W: Tensors, Z: Tensors, lam: Tensors) -> tuple[float, float]:
     """Return ⟨Λ, W − Z⟩ and ‖W − Z‖², accumulated in double precision over chunks."""
-    rows, room = [], Scratch()
-    for whole in zip(W, Z, lam, strict=True):
-        terms = []
-        for w, z, multiplier in chunks(*([t] for t in whole)):
-            gap = _gap(w, z, room)
-            terms.append(torch.stack([_dot(multiplier.to(w.device), gap).double(), _dot(gap, gap).double()]))
-        rows.append(torch.stack(terms).sum(0))
-    inner, square = total(rows, W).tolist() if rows else (0.0, 0.0)
-    return inner, square
+    return follow_(Z, W, lam, 1.0, [False] * len(Z))
 
 
 def ascend_(lam: Tensors, s: float, W: Tensors, Z: Tensors) -> None:
@@ -66,16 +58,27 @@ def pull_outside_(grad: Tensor, w: Tensor, z: Tensor, lam: Tensor, rho: float, s
     grad.addcmul_(outside, pull)
 
 
-def follow_(Z: Tensors, W: Tensors, lam: Tensors, rho: float) -> None:
-    """Z ← W + Λ/ρ where Z is not zero: the best Z with this support (eq. 10)."""
-    room, V = Scratch(), Shifted(W, lam, rho)
-    for z, w, multiplier in chunks(Z, W, lam):
-        kept = torch.ne(z, 0, out=room.like(z, "kept")).to(w.device)
-        moved = V.form(w, multiplier, room.like(w, "v"))
-        if z.device == w.device:
-            torch.mul(moved, kept, out=z)
-        else:
-            z.copy_(moved.mul_(kept))
+def follow_(Z: Tensors, W: Tensors, lam: Tensors, rho: float, follows: Sequence[bool]) -> tuple[float, float]:
+    """Z ← W + Λ/ρ where Z is not zero, the best Z with this support (eq. 10), of those tensors that follow.
+
+    Return the `lagrangian_terms` of all there, which are taken in the same pass.
+    """
+    rows, room, V = [], Scratch(), Shifted(W, lam, rho)
+    for z_whole, w_whole, lam_whole, moves in zip(Z, W, lam, follows, strict=True):
+        terms = []
+        for z, w, multiplier in chunks([z_whole], [w_whole], [lam_whole]):
+            if moves:
+                kept = torch.ne(z, 0, out=room.like(z, "kept")).to(w.device)
+                point = V.form(w, multiplier, room.like(w, "v"))
+                if z.device == w.device:
+                    torch.mul(point, kept, out=z)
+                else:
+                    z.copy_(point.mul_(kept))
+            gap = _gap(w, z, room)
+            terms.append(torch.stack([_dot(multiplier.to(w.device), gap), _dot(gap, gap)]).double())
+        rows.append(torch.stack(terms).sum(0))
+    inner, square = total(rows, W).tolist() if rows else (0.0, 0.0)
+    return inner, square
 
 
 class Shifted:
@@ -167,7 +170,7 @@ def replace_(Z: Tensors, V: Shifted, kept: Sequence[Kept]) -> Moved:
             flips, step = were.sub_(are), z.sub_(new)
             gap = _gap(w, new, room)
             sums = (_dot(step, step), _dot(flips, flips), _dot(multiplier.to(w.device), gap), _dot(gap, gap))
-            terms.append(torch.stack([t.to(w.device, torch.float64) for t in sums]))
+            terms.append(torch.stack([t.to(w.device) for t in sums]).double())
             z.copy_(new)
         rows.append(torch.stack(terms).sum(0))
     moved, changed, inner, square = total(rows, Z).tolist() if rows else (0.0, 0.0, 0.0, 0.0)
@@ -175,11 +178,11 @@ def replace_(Z: Tensors, V: Shifted, kept: Sequence[Kept]) -> Moved:
 
 
 def all_finite(tensors: Tensors) -> bool:
-    """Tell whether every element is finite (one pass: NaN and infinities survive a sum of squares)."""
+    """Tell whether every element is finite (one pass: NaN and infinities survive a sum)."""
     parts = [local(t) for t in tensors]
-    norms = (torch.linalg.vector_norm(t.float() if t.itemsize < 4 else t) for t in parts)
+    sums = (t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in parts)
     # huge finite values overflow the sum, so only a failed test is repeated element by element
-    finite = all(bool(torch.isfinite(n)) or bool(torch.isfinite(t).all()) for n, t in zip(norms, parts, strict=True))
+    finite = all(bool(torch.isfinite(s)) or bool(torch.isfinite(t).all()) for s, t in zip(sums, parts, strict=True))
     return agree(finite, tensors)
 
 
@@ -221,6 +224,7 @@ def _flat(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    a, b = a.to(wide), b.to(wide)
-    return torch.dot(a.reshape(-1), b.reshape(-1)) if a.is_contiguous() and b.is_contiguous() else (a * b).sum()
+    if a.dtype is not b.dtype or a.itemsize < 4:
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        a, b = a.to(wide), b.to(wide)
+    return torch.dot(a.view(-1), b.view(-1)) if a.is_contiguous() and b.is_contiguous() else (a * b).sum()
