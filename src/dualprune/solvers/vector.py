@@ -24,7 +24,7 @@ Root = Callable[[Tensor, Tensor | None], Tensor]  # a piece of v, and memory for
 
 def lagrangian_terms(W: Tensors, Z: Tensors, lam: Tensors) -> tuple[float, float]:
     """Return ⟨Λ, W − Z⟩ and ‖W − Z‖², accumulated in double precision over chunks."""
-    return follow_(Z, W, lam, 1.0, [False] * len(Z))
+    return follow_(Z, W, lam, 1.0, [False] * len(Z))  # no Z moves
 
 
 def ascend_(lam: Tensors, s: float, W: Tensors, Z: Tensors) -> None:
