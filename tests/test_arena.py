@@ -17,6 +17,7 @@ from dualprune.progress import Silent
 from dualprune.recipe import digest, load_recipe, parse_recipe
 from dualprune.run_folder import Diverged
 from dualprune.scope import build_problem
+from dualprune.tasks import build_task
 from helpers import TINY_RECIPE, same_bits, tiny_net, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +162,24 @@ def test_a_small_cell_runs_and_goes_on(arena, empty, monkeypatch):
     monkeypatch.setattr(arena, "tune", None)
     again = arena.run_cell(recipe, ["oneshot"], [1, 2], empty / "runs", root=empty, device="cpu")
     assert again == table, "what another method left stays, finished runs are read"
+
+
+def test_a_small_twin_is_judged_on_the_images_it_leaves_out(arena, empty):
+    pytest.importorskip("torchao")
+    recipe = parse_recipe(SMALL, ["data.options.subset=600", "training.epochs=1"])
+    judge = arena.unseen(recipe, "cpu")
+    known, asked = build_task(recipe, device=torch.device("cpu")).data.x_train, judge.data.x_test
+    assert len(known) == 600 and judge.count == len(asked) == 748
+    assert not (asked[:, None] == known).flatten(2).all(2).any(), "none of them is trained on"
+    assert arena.unseen(parse_recipe(SMALL), "cpu") is None
+
+    table = arena.run_cell(recipe, ["gradual", "pat"], [1], empty / "runs", root=empty, device="cpu")
+    trials = {"gradual": "lr0.1/gradual-seed0", "pat": "lr0.1-heal-0.75/pat-seed0"}
+    for row, name in zip(table["rows"], ("0.1", "0.1, heal 0.75"), strict=True):
+        trial = empty / "runs/tiny/tune" / trials[row["label"]]
+        assert row["choice"]["judged_on"] == 748 and row["choice"]["scores"][name] == [judge(trial)]
+        held_out = json.loads((trial / "result.json").read_text())["cut"]
+        assert abs(judge(trial) - held_out) < 8 and judge(trial) != held_out, "the same model, on other images"
 
 
 def test_a_method_that_fails_is_reported_and_the_rest_goes_on(arena, empty, capsys, monkeypatch):

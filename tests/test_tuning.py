@@ -83,6 +83,16 @@ def test_the_best_trial_is_chosen_on_held_out_images_and_used(tmp_path):
     assert all(row["peak_memory_mb"] > 0 for row in rows.values())
 
 
+def test_a_judge_of_ones_own_chooses(tmp_path):
+    recipe = parse_recipe(HEAD + TRIALS, ["training.epochs=1"])
+    settings = {"seeds": [1, 2], "out": tmp_path}
+    low = tune(recipe, ["slr"], judge=lambda place: float("lr1e-05" in str(place)), **settings)["methods"]["slr"]
+    assert low["settings"] == {"lr": 1e-5} and list(low["scores"].values()) == [[1.0, 1.0], [0.0, 0.0]]
+    asked = []
+    tune(recipe, ["slr"], judge=lambda place: asked.append(place.name) or 0.0, **settings)
+    assert asked == ["slr-seed1", "slr-seed2"] * 2, "finished trials are asked about too"
+
+
 def test_a_choice_is_for_the_recipe_it_was_made_for(tmp_path):
     recipe = parse_recipe(TINY_RECIPE, ["training.epochs=1"])
     tune(recipe, ["slr", "gradual"], [0.05], out=tmp_path)

@@ -16,7 +16,8 @@ from torch import nn
 
 from dualprune import patterns
 from dualprune.errors import DualpruneError
-from dualprune.files import write_json
+from dualprune.export import save_sparse
+from dualprune.files import atomic_write, write_json
 from dualprune.finish import recalibrate_batch_norm
 from dualprune.loop import Job, Loop, build_optimizer, reproducible, train_dense
 from dualprune.problem import Problem
@@ -93,6 +94,8 @@ def _run(job: Job, trial: Mapping[str, float]) -> dict[str, Any]:
         loop.fit()
         loop.report("retrained")
     result = _result(job, loop, problem, trial, model) | {"steps": settings.epochs * steps, "updates": heal}
+    with atomic_write(job.place / "pruned.safetensors") as temporary:
+        save_sparse(model, temporary)
     write_json(job.place / "result.json", result)
     return result
 

@@ -2,8 +2,8 @@
 
     python benchmarks/arena/run.py [--cells resnet20-10x-5e,…] [--methods slr,gradual,…] [--out runs/arena]
 
-A cell is a recipe in benchmarks/arena/cells. For every method: its trials on images held out of training (one seed), then
-the chosen settings on the test set (seeds 1, 2, 3), right after the cut and after two epochs under the masks. Finished
+A cell is a recipe in benchmarks/arena/cells. For every method: its trials on data held out of training (one seed), then the
+chosen settings on the test set (seeds 1, 2, 3), right after the cut and after two epochs under the masks. Finished
 runs are never redone and broken ones go on, so the same command goes on after any interruption. After every method
 results/arena/<cell>.json and the tables of docs/arena.md are written. A method that fails is reported and the rest goes on;
 the exit code is then 1. Every cell has a small twin, `<cell>-small`, whose epochs are shorter (`TWINS`), in float32: what
@@ -34,6 +34,7 @@ from dualprune.run_folder import RunError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import pat
+from unseen import Unseen, unseen
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = Path(__file__).resolve().parent / "cells"
@@ -156,7 +157,10 @@ def run_method(
     """Return a method's row: its choice on the validation split, then its runs on the test set."""
     settings: dict[str, Any] = {"out": out, "device": device, "progress": progress}
     tuned = recipe.epochs(label) > 0  # a one-shot cut has nothing to choose
-    choice = tune(recipe, [label], **settings)["methods"][label] if tuned else None
+    choice = None
+    if tuned:
+        judge = unseen(recipe, device)
+        choice = tune(recipe, [label], judge=judge, **settings)["methods"][label] | judged_on(judge)
     (row,) = compare(recipe, [label], seeds, tuned=tuned, **settings)["rows"]
     return row | {"choice": choice} | provenance(out / recipe.name, row)
 
@@ -169,15 +173,21 @@ def run_pat(
     options: dict[str, Any] = {"dense_folder": place, "device": device, "progress": progress}
     scores: dict[str, list[float | None]] = {}
     trials = {f"{trial['lr']:g}, heal {trial['heal']:g}": trial for trial in pat.trials(recipe)}
-    cutting = recipe.without_retraining()
+    cutting, judge = recipe.without_retraining(), unseen(recipe, device)
     for name, trial in trials.items():
         folder = place / "tune" / f"lr{trial['lr']:g}-heal-{trial['heal']:g}"
         tried = unless_diverged(partial(pat.run, cutting, trial, recipe.seed, folder, split="validation", **options), progress)
-        scores[name] = [None if tried is None else tried["cut"]]
+        place_of_it = folder / f"{pat.LABEL}-seed{recipe.seed}"
+        scores[name] = [None if tried is None else judge(place_of_it) if judge else tried["cut"]]
     best = trials[best_trial(pat.LABEL, scores)]
     runs = {seed: unless_diverged(partial(pat.run, recipe, best, seed, place, **options), progress) for seed in seeds}
     row = summarise(recipe, pat.LABEL, runs)
-    return row | {"choice": {"lr": best["lr"], "settings": best, "scores": scores}} | provenance(place, row)
+    return row | {"choice": {"lr": best["lr"], "settings": best, "scores": scores} | judged_on(judge)} | provenance(place, row)
+
+
+def judged_on(judge: Unseen | None) -> dict[str, int]:
+    """Return of how many images the scores are, where they are not of the part that the trials held out."""
+    return {"judged_on": judge.count} if judge is not None else {}
 
 
 def provenance(root: Path, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def tune(
     resume: bool = True,
     progress: Progress | None = None,
     device: str | None = None,
+    judge: Callable[[Path], float] | None = None,
 ) -> dict[str, Any]:
     """Choose each method's settings on training images held out for it, and write tune.json.
 
@@ -103,6 +104,8 @@ def tune(
         resume: False runs everything again.
         progress: Told about steps and epochs.
         device: Where to compute.
+        judge: Called with the folder of each finished trial, its pruned.safetensors in it, and returns what it is chosen by,
+            more being better; by default that is the accuracy measured on the part held out. It is for data of one's own.
 
     Returns:
         The contents of tune.json: recipe, split, held_out, seeds, grid, and a method's lr, settings, scores
@@ -128,7 +131,10 @@ def tune(
         for name, trial in trials[label].items():
             tried, place = recipe.with_trial(label, trial).without_retraining(), root / "tune" / _folder(name)
             runs = [_run_or_none(tried, label, seed=seed, folder=place, **settings) for seed in seeds]
-            scores[name] = [None if result is None else result["cut"] for result in runs]
+            scores[name] = [
+                None if result is None else judge(place / f"{label}-seed{seed}") if judge else result["cut"]
+                for seed, result in zip(seeds, runs, strict=True)
+            ]
         trial = trials[label][best_trial(label, scores)]
         chosen[label] = {"lr": trial["lr"], "settings": trial, "scores": scores, "trials": list(trials[label].values())}
         chosen[label] |= {"recipe_sha256": recipe.tuning_fingerprint(label, trial), **today}
